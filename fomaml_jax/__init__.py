@@ -1,0 +1,1 @@
+"""First-order meta-learning in JAX."""

@@ -1,0 +1,60 @@
+"""The words of the library as types: a task, what adaptation reports, and the aliases."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+
+Params = chex.ArrayTree
+"""Any pytree of floating-point arrays."""
+
+Batch = chex.ArrayTree
+"""Any pytree of arrays whose leaves lead with the example axis."""
+
+LossFn = Callable[[Params, Batch], Any]
+"""`(params, batch) -> loss []`, or `-> (loss [], aux)` where `has_aux=True`."""
+
+
+class Task(NamedTuple):
+    """A batch to adapt on and a batch to be judged on.
+
+    For one task the leaves are `[examples, ...]`; a meta-batch has leaves `[tasks, examples, ...]`.
+    The two batches may differ in structure and in their number of examples.
+    """
+
+    support: Batch
+    query: Batch
+
+
+class AdaptInfo(NamedTuple):
+    """What the inner loop saw.
+
+    Attributes:
+        losses: `[num_steps]`, the support loss before each step. Where `num_steps` is traced, so
+            that no shape can hold it, `[2]`: before the first and before the last step (NaN if
+            there was none).
+        aux: the loss function's aux output, stacked in the same way; `None` without `has_aux`.
+    """
+
+    losses: chex.Array
+    aux: Any
+
+
+class TaskInfo(NamedTuple):
+    """What one task saw; `over_tasks` returns it with a leading `[tasks]` axis.
+
+    Attributes:
+        query_loss: `[]`, the query loss at the adapted parameters.
+        support_losses: `[num_steps]`, as `AdaptInfo.losses`.
+        finite: `[]` bool, whether the query loss and every element of the meta-gradient are finite.
+        aux: the loss function's aux output on the query batch; `None` without `has_aux`.
+    """
+
+    query_loss: chex.Array
+    support_losses: chex.Array
+    finite: chex.Array
+    aux: Any
+
+
+MetaGradient = Callable[[Params, Any], tuple[Params, TaskInfo]]
+"""`(params, task) -> (grads, TaskInfo)`: what an algorithm is."""
