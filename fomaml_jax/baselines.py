@@ -1,0 +1,175 @@
+"""What meta-learning has to beat, given the same data and as many gradient evaluations."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fomaml_jax import options, problems
+from fomaml_jax.convolutions import matmul_convolutions
+from fomaml_jax.datasets import ImageClasses
+from fomaml_jax.evaluation import Evaluation, evaluate
+from fomaml_jax.meta_gradients import fomaml, maml
+from fomaml_jax.parallel import TasksAtOnce
+from fomaml_jax.problems import Problem
+from fomaml_jax.tasks import TaskDistribution, as_float
+from fomaml_jax.types import Batch, MetaGradient, Params, Task
+
+JOINT_BATCH = 128
+"""Pictures in a batch of joint pre-training."""
+
+JOINT = "joint pre-training"
+
+FINE_TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0)
+"""Fine-tuning chooses its rates among these multiples of ours, on validation tasks."""
+
+
+class Fit(Protocol):
+    """Takes outer steps, showing its progress, and returns the parameters."""
+
+    def __call__(
+        self,
+        meta_gradient: MetaGradient,
+        tasks: TaskDistribution,
+        params: Params,
+        optimizer: optax.GradientTransformation,
+        *,
+        steps: int,
+        tasks_per_step: int,
+        tasks_at_once: TasksAtOnce,
+        name: str,
+    ) -> Params:
+        """Trains `params` on `steps` meta-batches of `tasks_per_step` tasks."""
+        ...
+
+
+def nearest_class_mean(
+    chosen: options.ImageOptions, problem: Problem, key: jax.Array
+) -> Evaluation:
+    """Accuracy of giving each query picture the label of the nearest mean of support pixels."""
+
+    def class_means(_: Params, support: Batch) -> jax.Array:
+        x, y = support
+        return jax.nn.one_hot(y, chosen.ways).T @ x.reshape(len(x), -1) / chosen.shots
+
+    def accuracy(means: jax.Array, query: Batch) -> jax.Array:
+        x, y = query
+        apart = x.reshape(len(x), 1, -1) - means[None]
+        return jnp.mean((apart**2).sum(-1).argmin(-1) == y)
+
+    @jax.jit
+    def judge(key):
+        return evaluate(
+            class_means,
+            lambda *a: [accuracy(*a)],
+            (),
+            problem.test,
+            key,
+            num_tasks=chosen.eval_tasks,
+        )
+
+    return judge(key)
+
+
+def second_order(chosen: options.Options, problem: Problem, fit: Fit, key: jax.Array) -> Evaluation:
+    """Second-order MAML on the same training tasks."""
+    params = fit(
+        maml(problem.loss_fn, problem.inner, chosen.inner_steps),
+        problem.train,
+        problem.params,
+        problem.outer(chosen.steps),
+        steps=chosen.steps,
+        tasks_per_step=chosen.tasks_per_step,
+        tasks_at_once=problem.tasks_at_once,
+        name="second-order MAML",
+    )
+    return problems.judge_of(
+        problem, problem.test, num_steps=chosen.adaptation_steps, num_tasks=chosen.eval_tasks
+    )(params, key)
+
+
+def joint_pretraining(
+    chosen: options.Options, problem: Problem, fit: Fit, key: jax.Array
+) -> tuple[Evaluation, float]:
+    """Trains one network on all training data at once, then fine-tunes it on each unseen task.
+
+    It spends as many gradients of single examples as meta-training did, and fine-tunes by as many
+    steps, at the rates that do best on validation tasks.
+
+    Returns:
+        The evaluation after each step, and the multiple of the inner rates that was chosen.
+    """
+    pretrain = _pretrain_on_points if problem.splits is None else _pretrain_on_classes
+    params = pretrain(chosen, problem, fit)
+
+    def judged(factor: float, tasks: TaskDistribution, num_tasks: int, key: jax.Array):
+        inner = optax.chain(problem.inner, optax.scale(factor))
+        judge = problems.judge_of(
+            dataclasses.replace(problem, inner=inner),
+            tasks,
+            num_steps=chosen.adaptation_steps,
+            num_tasks=num_tasks,
+        )
+        return judge(params, key)
+
+    def on_validation(factor: float) -> float:
+        judgement = judged(factor, problem.validation, 200, jax.random.fold_in(key, 1))
+        score = float(judgement.mean[-1])
+        return score if problem.metric == "accuracy" else -score
+
+    best = max(FINE_TUNING_FACTORS, key=on_validation)
+    return judged(best, problem.test, chosen.eval_tasks, key), best
+
+
+def _pretrain_on_points(chosen: options.Options, problem: Problem, fit: Fit) -> Params:
+    """Regression on the query points of all tasks, without adaptation."""
+    seen = chosen.inner_steps * chosen.shots + chosen.queries
+    steps = chosen.steps * seen // chosen.queries
+    return fit(
+        fomaml(problem.loss_fn, problem.inner, 0),
+        problem.train,
+        problem.params,
+        problem.outer(steps),
+        steps=steps,
+        tasks_per_step=chosen.tasks_per_step,
+        tasks_at_once=problem.tasks_at_once,
+        name=JOINT,
+    )
+
+
+def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fit) -> Params:
+    """Classification of all training classes; its head then makes way for the problem's."""
+    assert problem.splits is not None
+    classes = problem.splits.train
+    net = problems.network(chosen, len(classes.images))
+    seen = chosen.ways * (chosen.inner_steps * chosen.shots + chosen.queries)
+    steps = max(1, chosen.steps * chosen.tasks_per_step * seen // JOINT_BATCH)
+    trained = fit(
+        fomaml(problems.cross_entropy(matmul_convolutions(net.apply)), problem.inner, 0),
+        _batches(classes),
+        problems.initial_params(net, classes, chosen.seed),
+        problems.outer_optimizer(chosen.rate, steps),
+        steps=steps,
+        tasks_per_step=1,
+        tasks_at_once=1,
+        name=JOINT,
+    )
+    return jax.tree.map_with_path(
+        lambda path, new, old: new if problems.is_head(path) else old, problem.params, trained
+    )
+
+
+def _batches(classes: ImageClasses) -> TaskDistribution:
+    """Random pictures with their class among all: `key -> Task`, support and query the same."""
+    images, counts = jnp.asarray(classes.images), jnp.asarray(classes.counts)
+
+    def sample_batch(key: jax.Array) -> Task:
+        class_key, example_key = jax.random.split(key)
+        labels = jax.random.randint(class_key, (JOINT_BATCH,), 0, len(images), jnp.int32)
+        chosen = jax.random.randint(example_key, (JOINT_BATCH,), 0, counts[labels])
+        batch = (as_float(images[labels, chosen]), labels)
+        return Task(batch, batch)
+
+    return sample_batch

@@ -1,0 +1,173 @@
+"""The command line: reads options, runs, prints; a refusal is one line and exit code 2."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+try:
+    import tyro
+    from tyro.conf import Positional
+
+    from fomaml_jax import experiment, options, problems, runs
+except ModuleNotFoundError as missing:
+    sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
+
+REFUSED, INTERRUPTED = 2, 130
+
+T = TypeVar("T")
+
+USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder] [options]
+       fomaml-jax evaluate RUN [options]
+
+Learns an initialisation from many small tasks, and adapts it to new ones from a few examples.
+
+  train      meta-trains on a data set (glyphs, which needs no download, unless named), evaluates
+             on tasks never seen, and writes a folder of parameters, metrics, pictures and result
+  evaluate   adapts a trained run to unseen tasks again
+
+`fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.
+Exit codes: 0 done, 2 refused (one line says why), 130 interrupted (the run stays usable)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Adapts a trained run to unseen tasks."""
+
+    run: Positional[Path]
+    """The folder that training wrote."""
+    eval_tasks: int = 1000
+    """Unseen tasks."""
+    eval_steps: int | None = None
+    """Steps of adaptation, reported one by one; the run's unless given."""
+    seed: int | None = None
+    """Seed of the tasks; the run's, and so its very tasks, unless given."""
+    path: Path | None = None
+    """Where the data are now; where they were unless given."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `fomaml-jax`.
+
+    Args:
+        arguments: the words after the program's name; `sys.argv` unless given.
+
+    Raises:
+        SystemExit: with 2 for what is refused, 130 when interrupted.
+    """
+    command, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "train":
+        _train(words)
+    elif command == "evaluate":
+        _evaluate(words)
+    else:
+        _stop(f"unknown command {command!r}; there are train and evaluate", REFUSED)
+
+
+def _train(words: list[str]) -> None:
+    # Options without a name are the default data set's; a lone --help is about all of them.
+    if words[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
+    name, rest = (words[0], words[1:]) if words and words[0][0] != "-" else ("glyphs", words)
+    if name not in options.DATA_SETS:
+        _stop(f"unknown data set {name!r}; there are {', '.join(options.DATA_SETS)}", REFUSED)
+    chosen = _parse(options.DATA_SETS[name], f"fomaml-jax train {name}", rest)
+    folder = chosen.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with _refusing():
+        options.check(chosen)
+        runs.check_new(folder)
+        problem = problems.build(chosen)
+        runs.create(folder)
+    print(f"{name}, {chosen.setting}, into {folder}", file=sys.stderr)
+    try:
+        result = experiment.train(chosen, problem, folder)
+    except KeyboardInterrupt:
+        _stop(f"interrupted; {folder} holds the parameters so far", INTERRUPTED)
+    print(table(result))
+    print(f"\nThe run is in {folder}: result.json, learning_curve.png and more.")
+
+
+def _evaluate(words: list[str]) -> None:
+    asked = _parse(Evaluate, "fomaml-jax evaluate", words)
+    with _refusing():
+        chosen = options.from_json(runs.read_config(asked.run))
+        changes = {
+            name: value
+            for name in ("eval_tasks", "eval_steps", "seed", "path")
+            if (value := getattr(asked, name)) is not None
+        }
+        if "path" in changes and not hasattr(chosen, "path"):
+            raise ValueError(f"--path: {options.name_of(chosen)} has no data to look for")
+        chosen = dataclasses.replace(chosen, **changes)
+        problem = problems.build(chosen)
+        params = runs.load_parameters(asked.run, problem.params)
+    try:
+        print(table(experiment.evaluate(chosen, problem, params)))
+    except KeyboardInterrupt:
+        _stop("interrupted", INTERRUPTED)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as lines for people: each step of adaptation, then the baselines."""
+    percent = result["metric"] == "accuracy"
+    rows = {_after(row["inner_steps"]): row for row in result["per_step"]}
+    rows |= result.get("baselines", {})
+
+    def line(name: str, row: dict[str, float]) -> str:
+        scale, digits, unit = (100, 2, " %") if percent else (1, 3, "")
+        return (
+            f"  {name:<34}{scale * row['mean']:7.{digits}f}{unit}"
+            f" ± {scale * row['ci95']:.{digits}f}"
+        )
+
+    transductive = ", query batches normalised together (transductive)" if percent else ""
+    head = f"{result['metric']} on {result['num_tasks']} unseen tasks{transductive}"
+    return "\n".join(["", head, "", *(line(*item) for item in rows.items())])
+
+
+def _after(steps: int) -> str:
+    return f"after {steps} step{'s' * (steps > 1)}" if steps else "before adaptation"
+
+
+def _parse(kind: Callable[..., T], program: str, words: list[str]) -> T:
+    """Reads the options; what the parser has to say against them becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=program, args=words)
+    except SystemExit as stop:
+        if stop.code:
+            _stop(f"{_first_sentence(said.getvalue())} (see {program} --help)", REFUSED)
+        raise
+
+
+def _first_sentence(boxed: str) -> str:
+    """The text between the box's first line and the next rule."""
+    lines = [line.strip(" │") for line in boxed.splitlines()[1:]]
+    text = itertools.takewhile(lambda line: line[:1] not in ("─", "╰"), lines)
+    return re.sub(r" +", " ", " ".join(text)) or boxed.strip()
+
+
+@contextlib.contextmanager
+def _refusing():
+    """Turns what is wrong with the input into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _stop(" ".join(str(error).split()), REFUSED)
+    except KeyboardInterrupt:
+        _stop("interrupted", INTERRUPTED)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(f"fomaml-jax: {message}", file=sys.stderr)
+    raise SystemExit(code)

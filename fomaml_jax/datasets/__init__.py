@@ -1,0 +1,8 @@
+"""Real data as arrays: images by class, in three splits whose classes never meet."""
+
+from fomaml_jax.datasets._glyphs import glyphs
+from fomaml_jax.datasets._image_folder import image_folder
+from fomaml_jax.datasets._omniglot import omniglot
+from fomaml_jax.datasets._types import ImageClasses, Splits
+
+__all__ = ["ImageClasses", "Splits", "glyphs", "image_folder", "omniglot"]

@@ -1,0 +1,107 @@
+"""The user's own pictures: one folder a class."""
+
+import itertools
+import numbers
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fomaml_jax.datasets._checks import check_choice, check_folder, cli_extra, whole_number
+from fomaml_jax.datasets._class_folders import EXPECTED, Files, dealt_splits, given_splits
+from fomaml_jax.datasets._types import ImageClasses, Splits
+
+
+def image_folder(
+    path: str | os.PathLike[str],
+    *,
+    size: int = 84,
+    channels: Literal[1, 3] = 3,
+    validation: float = 0.15,
+    test: float = 0.2,
+    seed: int = 0,
+) -> Splits:
+    """Your own pictures, one folder a class, in any format that Pillow opens.
+
+    Where `path` holds the folders `train` and `test`, and perhaps `validation` or `val`, with the
+    class folders in them, those are the splits. Otherwise `path` holds the class folders, and whole
+    classes are dealt out at random. A task needs two classes, so no split has only one: `test` gets
+    two at least, `train` keeps two at least, and `validation` gets two at least where they can be
+    spared, else none: so of six classes each split gets two, of four only `train` and `test`.
+
+    Pictures are turned upright as their EXIF orientation says, put on white where transparent,
+    reduced to 8 bits, resized with Pillow's LANCZOS until the shorter side is `size`, and cropped
+    to the middle square. Hidden files are ignored, and so are files beside the class folders. The
+    arrays are as long as the largest class of their split, zero after the end of the others.
+
+    Args:
+        path: the folder.
+        size: height and width of the images.
+        channels: 3 for colour or 1 for grey.
+        validation: fraction of all classes to validate on; of the classes of `train/` where `path`
+            holds that, but no validation folder. Zero for none.
+        test: fraction of all classes to test on, unless `path` holds `test/`. Zero for none.
+        seed: of the deal.
+
+    Returns:
+        Images `[classes, examples, size, size, channels]` uint8. Classes are named as their
+        folders and sorted by name; their examples are sorted by file name.
+
+    Raises:
+        ImportError: Pillow is missing.
+        FileNotFoundError: a missing or empty folder, or no class folder.
+        NotADirectoryError: `path` is a file.
+        TypeError: `size` or `seed` is no whole number.
+        ValueError: too few classes, a class in two splits, a file that is no image, a folder where
+            an image should be, or an option out of range.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ["bee", "cat", "dog", "elk", "fox", "gnu", "owl"]:
+        ...         pathlib.Path(folder, name).mkdir()
+        ...         Image.new("RGB", (120, 90)).save(pathlib.Path(folder, name, "1.jpg"))
+        ...     train, validation, test = image_folder(folder, size=32)
+        >>> train.images.shape, train.names
+        ((3, 1, 32, 32, 3), ('bee', 'cat', 'gnu'))
+        >>> validation.names, test.names
+        (('dog', 'fox'), ('elk', 'owl'))
+    """
+    check_choice("channels", channels, (1, 3))
+    size = whole_number("size", size, at_least=1)
+    seed = whole_number("seed", seed, at_least=0)
+    _check_fractions(validation=validation, test=test)
+    folder = Path(path).expanduser()
+    check_folder(folder, EXPECTED)
+    splits = given_splits(folder, validation, seed) or dealt_splits(folder, validation, test, seed)
+    return Splits(*(read_classes(files, size, channels) for files in splits))
+
+
+def read_classes(files: Files, size: int, channels: int) -> ImageClasses:
+    """Reads the `files` of each class as `image_folder` does, filled up with zeros."""
+    with cli_extra("image_folder()"):
+        from fomaml_jax.datasets._image_file import read_image
+
+    counts = np.array([len(examples) for examples in files.values()], np.int32)
+    images = np.zeros([len(counts), counts.max(initial=0), size, size, channels], np.uint8)
+
+    def read(place: tuple[int, int], file: Path) -> None:
+        images[place] = read_image(file, size, channels)
+
+    places = [(c, e) for c, count in enumerate(counts) for e in range(count)]
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter's lock
+        for _ in pool.map(read, places, itertools.chain(*files.values())):
+            pass
+    return ImageClasses(images, counts, tuple(files))
+
+
+def _check_fractions(**fractions: float) -> None:
+    for name, value in fractions.items():
+        if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r} must be a fraction from 0 to below 1")
+    if sum(fractions.values()) >= 1:
+        both = " and ".join(f"{name}={value}" for name, value in fractions.items())
+        raise ValueError(f"{both} leave nothing to train on: together they must be below 1")

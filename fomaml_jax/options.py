@@ -1,0 +1,181 @@
+"""What `fomaml-jax train` can be asked: one dataclass a data set, every field an option."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from fomaml_jax import refusals
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options that every data set shares."""
+
+    steps: int
+    """Outer steps."""
+    tasks_per_step: int
+    """Tasks in a meta-batch."""
+    inner_steps: int
+    """Steps of adaptation while training."""
+    eval_steps: int | None = None
+    """Steps of adaptation on unseen tasks, reported one by one; as many as inner steps unless
+    given."""
+    inner_rate: float
+    """Learning rate of adaptation."""
+    rate: float
+    """Learning rate of the outer optimizer (Adam, cosine decay to a hundredth)."""
+    shots: int
+    """Examples to adapt on (a class)."""
+    queries: int
+    """Examples to be judged on (a class)."""
+    eval_tasks: int = 1000
+    """Unseen tasks in the final evaluation."""
+    seed: int = 0
+    """Seed of everything random."""
+    out: Path | None = None
+    """Folder of the run, new or empty; runs/<data>-<time> unless given."""
+    compare: bool = True
+    """Also train and print the baselines."""
+
+    @property
+    def adaptation_steps(self) -> int:
+        """Steps of adaptation on unseen tasks."""
+        return self.inner_steps if self.eval_steps is None else self.eval_steps
+
+    @property
+    def setting(self) -> str:
+        """The problem in a few words."""
+        return f"{self.shots} points"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
+    """Options of few-shot classification."""
+
+    ways: int = 5
+    """Classes in an episode."""
+    shots: int = 1
+    """Support examples a class."""
+    queries: int = 5
+    """Query examples a class; a query batch is normalised together (transductive)."""
+    steps: int = 2000
+    tasks_per_step: int = 8
+    inner_steps: int = 3
+    inner_rate: float = 0.1
+    """Learning rate of adaptation, all layers but the head."""
+    head_rate: float = 1.0
+    """Learning rate of adaptation, the linear head, which starts at zero in every task."""
+    rate: float = 5e-3
+    width: int = 32
+    """Channels of the four convolutions."""
+    pooling: Literal["stride", "max"] = "stride"
+    """How a block halves the picture."""
+
+    @property
+    def setting(self) -> str:
+        """The problem in a few words."""
+        return f"{self.ways}-way {self.shots}-shot"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Glyphs(ImageOptions):
+    """Printed letters of scripts never seen in training: needs no download."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Omniglot(ImageOptions):
+    """Handwritten characters of 50 alphabets (Lake et al. 2015)."""
+
+    path: Path | None = None
+    """Folder of the two archives or of the extracted folders; else $FOMAML_JAX_DATA, the cache, a
+    download."""
+    split: Literal["vinyals", "background"] = "vinyals"
+    """Which characters are unseen: those of Vinyals et al. 2016, or the evaluation alphabets."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folder(ImageOptions):
+    """Your own pictures: one folder a class, or train/ and test/ folders of such."""
+
+    path: Path
+    """The folder."""
+    size: int = 28
+    """Pictures are resized to size x size."""
+    channels: Literal[1, 3] = 3
+    """3 for colour, 1 for grey."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sinusoid(Options):
+    """Regression of sine waves from a few points, the MAML paper's toy problem."""
+
+    shots: int = 5
+    """Points to adapt on."""
+    queries: int = 10
+    """Points to be judged on while training; 100 in the evaluation."""
+    steps: int = 150_000
+    tasks_per_step: int = 25
+    inner_steps: int = 5
+    eval_steps: int | None = 10
+    inner_rate: float = 0.01
+    inner_clip: float = 10.0
+    """Largest norm of an inner gradient: without it some tasks diverge."""
+    rate: float = 1e-3
+    compare: bool = False
+    """Also train second-order MAML and joint pre-training, on as many tasks."""
+
+
+DATA_SETS: dict[str, type[Options]] = {
+    "glyphs": Glyphs,
+    "omniglot": Omniglot,
+    "sinusoid": Sinusoid,
+    "folder": Folder,
+}
+
+
+def name_of(options: Options) -> str:
+    """The data set's name on the command line."""
+    return next(name for name, kind in DATA_SETS.items() if type(options) is kind)
+
+
+def check(options: Options) -> None:
+    """Refuses impossible numbers before any data are read.
+
+    Raises:
+        ValueError: naming the option, the value, and what it may be.
+    """
+    least = {"inner_steps": 0, "eval_steps": 1, "eval_tasks": 2, "seed": 0}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        option = "--" + field.name.replace("_", "-")
+        if isinstance(value, int) and not isinstance(value, bool):
+            refusals.check_at_least(option, value, least.get(field.name, 1))
+        elif isinstance(value, float) and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{option} must be a finite number above 0, got {value}")
+
+
+def to_json(options: Options) -> dict[str, Any]:
+    """The options as plain JSON, the data set's name first."""
+    plain = dataclasses.asdict(options)
+    return {"dataset": name_of(options)} | json.loads(json.dumps(plain, default=str))
+
+
+def from_json(config: dict[str, Any]) -> Options:
+    """The inverse of `to_json`.
+
+    Raises:
+        ValueError: for an unknown data set or option.
+    """
+    config = dict(config)
+    kind = DATA_SETS.get(config.pop("dataset", ""))
+    if kind is None:
+        raise ValueError(f"the configuration names none of the data sets {', '.join(DATA_SETS)}")
+    fields = {f.name for f in dataclasses.fields(kind)}
+    if set(config) != fields:
+        raise ValueError(
+            f"the configuration's options differ from this version's: {set(config) ^ fields}"
+        )
+    paths = {name: Path(config[name]) for name in ("path", "out") if config.get(name)}
+    return kind(**(config | paths))

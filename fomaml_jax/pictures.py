@@ -1,0 +1,137 @@
+"""What a run looks like: learning curve, example episodes, adaptation to sine waves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from fomaml_jax import options, problems, runs
+from fomaml_jax.problems import Problem
+from fomaml_jax.types import Params
+
+INK, ACCENT, RIGHT, WRONG = "#222222", "#c2410c", "#15803d", "#b91c1c"
+BASELINE_STYLES = ("--", ":", "-.")
+
+
+def draw_run(
+    chosen: options.Options,
+    problem: Problem,
+    params: Params,
+    key: jax.Array,
+    folder: Path,
+    result: dict[str, Any],
+) -> None:
+    """Draws a finished run into its folder."""
+    save(learning_curve(folder, result), folder / "learning_curve.png")
+    if isinstance(chosen, options.ImageOptions):
+        save(episodes(chosen, problem, params, key), folder / "episodes.png")
+    else:
+        save(sine_waves(chosen, problem, params, key), folder / "adaptation.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
+    with runs.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
+
+
+def learning_curve(folder: Path, result: dict[str, Any]) -> Figure:
+    """Loss on training tasks and metric on validation tasks against tasks seen."""
+    rows = [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
+    validated = [row for row in rows if "validation" in row]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([r["tasks"] for r in rows], [r["loss"] for r in rows], color=INK, lw=1)
+    left.set(xlabel="training tasks seen", ylabel="query loss", yscale="log")
+    right.plot(
+        [r["tasks"] for r in validated],
+        [r["validation"] for r in validated],
+        color=INK,
+        marker=".",
+        label="validation tasks",
+    )
+    seen = result["tasks_seen"]
+    right.errorbar(
+        [seen], [result["mean"]], [result["ci95"]], fmt="o", color=ACCENT, label="unseen tasks"
+    )
+    for (name, found), style in zip(result["baselines"].items(), BASELINE_STYLES, strict=False):
+        right.axhline(found["mean"], color="#777777", ls=style, lw=1, label=name)
+    steps = f"{result['metric']} after {result['inner_steps']} steps"
+    right.set(xlabel="training tasks seen", ylabel=steps)
+    right.legend(fontsize=8, frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def episodes(
+    chosen: options.ImageOptions, problem: Problem, params: Params, key: jax.Array, count: int = 3
+) -> Figure:
+    """Unseen tasks: a column a class, its support examples over its queries, right or wrong."""
+    ways, shown = min(chosen.ways, 10), min(chosen.queries, 4)
+    adapt_fn = problems.adapt_path(problem, chosen.adaptation_steps)
+
+    @jax.jit
+    def solve(index):
+        task = problem.test(jax.random.fold_in(key, index))
+        adapted = jax.tree.map(lambda path: path[-1], adapt_fn(params, task.support))
+        return task, problem.predict(adapted, task.query[0]).argmax(-1)
+
+    rows = 1 + shown
+    figure = Figure(figsize=(count * (0.62 * ways + 0.4), 0.72 * rows + 0.5))
+    panels = figure.subfigures(1, count)
+    for index, panel in enumerate(np.atleast_1d(panels)):
+        task, predicted = jax.device_get(solve(index))
+        axes = np.reshape(panel.subplots(rows, ways), (rows, ways))
+        panel.suptitle(f"unseen task {index + 1}", fontsize=9)
+        for way in range(ways):
+            _show(axes[0, way], task.support[0][task.support[1] == way][0], INK, str(way + 1))
+            mine = np.flatnonzero(task.query[1] == way)[:shown]
+            for row, query in enumerate(mine, start=1):
+                good = predicted[query] == way
+                label = "" if good else f"said {predicted[query] + 1}"
+                _show(axes[row, way], task.query[0][query], RIGHT if good else WRONG, label)
+    return figure
+
+
+def _show(axes: Any, image: np.ndarray, colour: str, title: str) -> None:
+    grey = image.shape[-1] == 1
+    axes.imshow(image[..., 0] if grey else image, cmap="gray_r" if grey else None, vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=7, color=colour, pad=2)
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=1.5)
+
+
+def sine_waves(
+    chosen: options.Options, problem: Problem, params: Params, key: jax.Array, count: int = 3
+) -> Figure:
+    """The MAML paper's picture: a wave, a few of its points, the network before and after."""
+    steps = sorted({0, 1, chosen.adaptation_steps})
+    adapt_fn = problems.adapt_path(problem, chosen.adaptation_steps)
+    grid = jnp.linspace(-5, 5, 201)[:, None]
+
+    @jax.jit
+    def solve(index):
+        task = problem.test(jax.random.fold_in(key, index))
+        path = adapt_fn(params, task.support)
+        return task, jax.lax.map(lambda p: problem.predict(p, grid), path)
+
+    figure = Figure(figsize=(4 * count, 3.2), layout="constrained")
+    for index, axes in enumerate(np.atleast_1d(figure.subplots(1, count, sharey=True))):
+        task, curves = jax.device_get(solve(index))
+        order = np.argsort(task.query[0][:, 0])
+        axes.plot(*(part[order] for part in task.query), color=RIGHT, lw=2, label="the wave")
+        for step, style in zip(steps, (":", "--", "-"), strict=False):
+            label = f"after {step} step{'s' * (step != 1)}" if step else "before adaptation"
+            axes.plot(grid, curves[step], color=ACCENT, ls=style, lw=1.2, label=label)
+        axes.plot(*task.support, "^", color=INK, ms=7, label="points given")
+        axes.set_title(f"unseen task {index + 1}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        if index == 0:
+            axes.legend(fontsize=7, frameon=False)
+    return figure

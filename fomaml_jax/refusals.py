@@ -1,0 +1,181 @@
+"""Bad input is refused here, at the border, by an error that names the argument and the remedy."""
+
+import operator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core as jex_core
+
+from fomaml_jax.types import Batch, LossFn, Params
+
+
+def check_params(params: Params) -> None:
+    """Refuses parameters that gradient descent cannot move."""
+    leaves = jax.tree.leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params holds no arrays; pass a pytree with at least one parameter")
+    for path, leaf in leaves:
+        where = f"params{jax.tree_util.keystr(path)}"
+        if not _is_array(leaf):
+            raise TypeError(
+                f"{where} is a {type(leaf).__name__}, not an array; split the model into arrays "
+                "and the rest first (equinox.partition, nnx.split)"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"{where} has dtype {leaf.dtype}, which has no gradient; pass floating-point "
+                "parameters and keep integers in the batch or in a closure"
+            )
+
+
+def check_batch(name: str, batch: Batch) -> None:
+    """Refuses a batch without examples."""
+    leaves = jax.tree.leaves_with_path(batch)
+    if not leaves:
+        raise ValueError(f"{name} holds no arrays; pass a pytree whose leaves lead with examples")
+    for path, leaf in leaves:
+        if np.ndim(leaf) and np.shape(leaf)[0] == 0:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is empty (shape {np.shape(leaf)}); "
+                "pass at least one example"
+            )
+
+
+def check_num_steps(num_steps: Any) -> int | jax.Array:
+    """Returns `num_steps` as a Python int, or untouched if it is traced."""
+    if isinstance(num_steps, jax.core.Tracer):
+        if num_steps.ndim or not jnp.issubdtype(num_steps.dtype, jnp.integer):
+            raise TypeError(f"num_steps must be an integer scalar, got {num_steps.aval}")
+        return num_steps
+    try:
+        steps = operator.index(num_steps)
+    except TypeError:
+        raise TypeError(
+            f"num_steps must be an integer, got {num_steps!r} ({type(num_steps).__name__})"
+        ) from None
+    if isinstance(num_steps, bool) or steps < 0:
+        raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}")
+    return steps
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses what is not an optax transformation."""
+    if not (
+        callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
+    ):
+        raise TypeError(
+            "optimizer must be an optax.GradientTransformation, got "
+            f"{optimizer!r} ({type(optimizer).__name__}); for gradient descent pass optax.sgd(rate)"
+        )
+
+
+def check_rates(optimizer: optax.GradientTransformation, params: Params) -> None:
+    """Refuses an optimizer that multiplies by a NaN or an infinity, such as `optax.sgd(nan)`."""
+    if any(not np.all(np.isfinite(x)) for x in _factors(update_jaxpr(optimizer, params))):
+        raise ValueError(
+            "optimizer scales its updates by a number that is not finite; pass finite rates"
+        )
+
+
+def checked_loss(loss_fn: LossFn, has_aux: bool):
+    """The loss function as `(params, batch) -> (loss, aux)`, refusing what is not a scalar."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function (params, batch) -> loss, got {loss_fn!r}")
+
+    def loss_and_aux(params: Params, batch: Batch) -> tuple[chex.Array, Any]:
+        out = loss_fn(params, batch)
+        is_pair = isinstance(out, tuple) and len(out) == 2
+        if has_aux != is_pair:
+            raise TypeError(
+                f"loss_fn returned {_describe(out)} with has_aux={has_aux}; return a scalar, "
+                "or (scalar, aux) with has_aux=True"
+            )
+        loss, aux = out if has_aux else (out, None)
+        if np.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise ValueError(
+                f"loss_fn must return a real scalar, got {_describe(loss)}; "
+                "take the mean over the examples"
+            )
+        return loss, aux
+
+    return loss_and_aux
+
+
+def check_task_axis(tasks: Any) -> int:
+    """Returns the number of tasks that every leaf leads with."""
+    leaves = jax.tree.leaves_with_path(tasks)
+    if not leaves:
+        raise ValueError("tasks holds no arrays; pass a meta-batch with leaves [tasks, ...]")
+    sizes = {f"tasks{jax.tree_util.keystr(p)}": np.shape(x)[:1] for p, x in leaves}
+    first, size = next(iter(sizes.items()))
+    for name, other in sizes.items():
+        if not other:
+            raise ValueError(f"{name} is a scalar; every leaf must lead with the task axis")
+        if other != size:
+            raise ValueError(
+                f"{name} leads with {other[0]} tasks but {first} with {size[0]}; "
+                "every leaf must lead with the same number of tasks"
+            )
+    if size == (0,):
+        raise ValueError(f"{first} has 0 tasks; pass at least one")
+    return size[0]
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses a string that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_at_least(name: str, value: Any, least: int) -> None:
+    """Refuses what is not an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> jex_core.ClosedJaxpr:
+    """The optimizer's first update, traced on shapes alone."""
+
+    def update(params):
+        zero = jnp.zeros(())
+        extra = optax.with_extra_args_support(optimizer)
+        return extra.update(
+            params, extra.init(params), params, value=zero, grad=params, value_fn=lambda _: zero
+        )[0]
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    return jax.make_jaxpr(update)(shapes)
+
+
+def _factors(closed: jex_core.ClosedJaxpr):
+    """The numbers known while tracing that a product in the jaxpr multiplies by."""
+    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    for eqn in closed.jaxpr.eqns:
+        for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_closed_jaxpr):
+            if _is_closed_jaxpr(sub):
+                yield from _factors(sub)
+        if eqn.primitive.name == "mul":
+            for x in eqn.invars:
+                value = x.val if isinstance(x, jex_core.Literal) else known.get(x)
+                if value is not None and not isinstance(value, jax.core.Tracer):
+                    yield value
+
+
+def _is_closed_jaxpr(x: Any) -> bool:
+    return isinstance(x, jex_core.ClosedJaxpr)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def _describe(x: Any) -> str:
+    if isinstance(x, tuple):
+        return f"a tuple of {len(x)}"
+    if _is_array(x):
+        return f"an array of shape {x.shape} and dtype {x.dtype}"
+    return f"{x!r} ({type(x).__name__})"

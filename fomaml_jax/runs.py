@@ -1,0 +1,124 @@
+"""A run's folder: what is written there, whole or not at all, and how it is read back."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fomaml_jax.types import Params
+
+CONFIG = "config.json"
+PARAMETERS = "parameters.npz"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+
+
+def check_new(folder: Path) -> None:
+    """Refuses a folder that holds something already.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; pass --out with a folder, new or empty")
+
+
+def create(folder: Path) -> None:
+    """Makes the folder of a new run.
+
+    Raises:
+        ValueError: where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write a run to {folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` that takes its place once the block has succeeded."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, indented, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    """Adds one JSON object, on a line of its own, to the metrics file."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save_parameters(folder: Path, params: Params) -> None:
+    """Saves a pytree of arrays, its key paths as names."""
+    named = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(params)}
+    with replacing(folder / PARAMETERS) as temporary:
+        np.savez(temporary, **named)
+
+
+def load_parameters(folder: Path, like: Params) -> Params:
+    """Loads what `save_parameters` saved into the structure of `like`.
+
+    Raises:
+        ValueError: where names, shapes or dtypes differ from those of `like`, or the file is
+            damaged.
+    """
+    path = folder / PARAMETERS
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = dict(file)
+    except Exception as error:
+        raise ValueError(f"cannot read the parameters in {path}: {error}") from None
+
+    def find(key_path, leaf):
+        name = jax.tree_util.keystr(key_path)
+        found = saved.pop(name, None)
+        if found is None or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(
+                f"{path} does not fit its configuration: {name} should be "
+                f"{leaf.dtype}{list(leaf.shape)}, found "
+                f"{'nothing' if found is None else f'{found.dtype}{list(found.shape)}'}"
+            )
+        return jax.numpy.asarray(found)
+
+    params = jax.tree.map_with_path(find, like)
+    if saved:
+        raise ValueError(f"{path} does not fit its configuration: unexpected {sorted(saved)}")
+    return params
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: where the folder is not a run.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a run's configuration: expected an object")
+    return config

@@ -1,0 +1,240 @@
+"""Task distributions on the device: pure functions from a key to a task."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fomaml_jax import refusals
+from fomaml_jax.types import Task
+
+TaskDistribution = Callable[[jax.Array], Task]
+
+
+def task_keys(key: jax.Array, step: int | jax.Array, num_tasks: int) -> jax.Array:
+    """The keys of a meta-step, `[num_tasks]`: key `i` is a function of `(key, step, i)` alone.
+
+    However many tasks a step has, and wherever they run, its first tasks stay the same; so a
+    resumed run needs no sampler state.
+
+    Args:
+        key: a PRNG key; not consumed, only folded.
+        step: the meta-step, at least 0; may be traced.
+        num_tasks: how many keys.
+
+    Example:
+        >>> import jax, fomaml_jax as fj
+        >>> sample_task = fj.tasks.sinusoid(shots=5, queries=10)
+        >>> tasks = jax.vmap(sample_task)(fj.tasks.task_keys(jax.random.key(0), 7, 25))
+        >>> tasks.support[0].shape
+        (25, 5, 1)
+    """
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_tasks))
+
+
+def sinusoid(
+    *,
+    shots: int = 10,
+    queries: int = 10,
+    amplitude: tuple[float, float] = (0.1, 5.0),
+    phase: tuple[float, float] = (0.0, np.pi),
+    x_range: tuple[float, float] = (-5.0, 5.0),
+) -> TaskDistribution:
+    r"""Regression of :math:`y = a \sin(x - b)`, the MAML paper's toy problem.
+
+    Amplitude, phase and inputs are uniform in their ranges, drawn afresh for every task.
+
+    Args:
+        shots: support points.
+        queries: query points.
+        amplitude: range of `a`.
+        phase: range of `b`, in radians.
+        x_range: range of the inputs.
+
+    Returns:
+        `key -> Task`; each batch is `(x [n, 1], y [n, 1])` in the default float dtype.
+
+    Raises:
+        ValueError: for counts below 1, or a range that is not `low < high`.
+
+    Example:
+        >>> import jax, fomaml_jax as fj
+        >>> task = fj.tasks.sinusoid(shots=5, queries=20)(jax.random.key(0))
+        >>> task.support[0].shape, task.query[1].shape
+        ((5, 1), (20, 1))
+
+    References:
+        Finn, Abbeel, Levine, `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_,
+        2017, section 5.1.
+    """
+    refusals.check_at_least("shots", shots, 1)
+    refusals.check_at_least("queries", queries, 1)
+    for name, (low, high) in {"amplitude": amplitude, "phase": phase, "x_range": x_range}.items():
+        if not (np.isfinite([low, high]).all() and low < high):
+            raise ValueError(f"{name} must be a range (low, high) with low < high, got {low, high}")
+
+    def sample_task(key: jax.Array) -> Task:
+        a_key, b_key, x_key = jax.random.split(key, 3)
+        a = jax.random.uniform(a_key, minval=amplitude[0], maxval=amplitude[1])
+        b = jax.random.uniform(b_key, minval=phase[0], maxval=phase[1])
+        x = jax.random.uniform(x_key, (shots + queries, 1), minval=x_range[0], maxval=x_range[1])
+        y = a * jnp.sin(x - b)
+        return Task((x[:shots], y[:shots]), (x[shots:], y[shots:]))
+
+    return sample_task
+
+
+def episodes(
+    images: jax.Array | np.ndarray,
+    *,
+    ways: int,
+    shots: int,
+    queries: int,
+    counts: jax.Array | np.ndarray | None = None,
+    rotations: bool = False,
+) -> TaskDistribution:
+    """N-way K-shot classification episodes over classes resident on the device.
+
+    An episode draws `ways` classes and, of each, `shots + queries` examples, all without
+    replacement, so that support and query never share an example. Which class gets which label,
+    and the order of the examples, is random in every episode: neither carries information.
+
+    Args:
+        images: `[classes, examples, ...]`, any arrays (pictures are `[..., height, width,
+            channels]`). Kept as they are on the device; uint8 becomes float32 in `[0, 1]` in the
+            episode, which keeps a data set four times smaller.
+        ways: classes in an episode.
+        shots: support examples a class.
+        queries: query examples a class.
+        counts: `[classes]` integers: only the first `counts[c]` examples of class `c` are real,
+            the rest is padding. `None`: all are.
+        rotations: turns every class of an episode by its own random multiple of 90 degrees, the
+            same for its support and query. Needs square pictures.
+
+    Returns:
+        `key -> Task`; a batch is `(x [ways * n, ...], y [ways * n] int32)`, labels `0..ways - 1`.
+
+    Raises:
+        ValueError: for more ways than classes, more shots and queries than a class has examples,
+            counts below 1, or rotations of what is not a square picture.
+
+    Example:
+        >>> import jax, numpy as np, fomaml_jax as fj
+        >>> images = np.zeros((20, 10, 28, 28, 1), np.uint8)  # [classes, examples, ...]
+        >>> sample_task = fj.tasks.episodes(images, ways=5, shots=1, queries=3)
+        >>> x, y = sample_task(jax.random.key(0)).query
+        >>> x.shape, x.dtype, y.shape
+        ((15, 28, 28, 1), dtype('float32'), (15,))
+
+    References:
+        Vinyals et al., `Matching Networks <https://arxiv.org/abs/1606.04080>`_, 2016.
+    """
+    _check_episodes(images, ways, shots, queries, counts, rotations)
+    images = jnp.asarray(images)
+    everything = jnp.full(images.shape[:1], images.shape[1])
+    counts = jnp.asarray(everything if counts is None else counts, jnp.int32)
+
+    def sample_task(key: jax.Array) -> Task:
+        class_key, example_key, turn_key, support_key, query_key = jax.random.split(key, 5)
+        classes = _draw(class_key, images.shape[0], ways)
+        draw = functools.partial(_draw, count=shots + queries)
+        examples = jax.vmap(draw)(jax.random.split(example_key, ways), counts[classes])
+        turns = jax.random.randint(turn_key, (ways,), 0, 4) if rotations else None
+
+        def batch(key, examples):
+            """The examples `[ways, n]` of the classes, in random order."""
+            order = _shuffle(key, examples.size)
+            labels = order // examples.shape[1]
+            x = as_float(images[classes[labels], examples.reshape(-1)[order]])
+            x = x if turns is None else jax.vmap(_turn)(x, turns[labels])
+            return x, labels.astype(jnp.int32)
+
+        return Task(batch(support_key, examples[:, :shots]), batch(query_key, examples[:, shots:]))
+
+    return sample_task
+
+
+def rotated_classes(images: np.ndarray) -> np.ndarray:
+    """Each class turned by 0, 90, 180 and 270 degrees as four classes of their own.
+
+    Args:
+        images: `[classes, examples, size, size, ...]`.
+
+    Returns:
+        `[4 * classes, examples, size, size, ...]`; class `c` turned `k` times is `k * classes + c`.
+
+    Example:
+        >>> import numpy as np, fomaml_jax as fj
+        >>> fj.tasks.rotated_classes(np.zeros((3, 20, 28, 28, 1), np.uint8)).shape
+        (12, 20, 28, 28, 1)
+
+    References:
+        Santoro et al., `Meta-Learning with Memory-Augmented Neural Networks
+        <https://proceedings.mlr.press/v48/santoro16.html>`_, 2016.
+    """
+    _check_square(images.shape)
+    return np.concatenate([np.rot90(images, turns, axes=(2, 3)) for turns in range(4)])
+
+
+def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:
+    """`count` of `range(population)` without replacement, in random order.
+
+    Floyd's algorithm: the cost depends on `count` alone, where sorting a population of thousands
+    costs as much as adapting to a small task. `population` may be traced.
+
+    References:
+        Bentley, Floyd, `A Sample of Brilliance <https://doi.org/10.1145/30401.315746>`_, 1987.
+    """
+    draw_key, order_key = jax.random.split(key)
+    last = jnp.asarray(population, jnp.int32) - count + jnp.arange(count, dtype=jnp.int32)
+    draws = jax.random.randint(draw_key, (count,), 0, last + 1, jnp.int32)
+
+    def add(i, chosen):
+        taken = (chosen == draws[i]).any()
+        return chosen.at[i].set(jnp.where(taken, last[i], draws[i]))
+
+    chosen = jax.lax.fori_loop(0, count, add, jnp.full((count,), -1, jnp.int32))
+    return chosen[_shuffle(order_key, count)]
+
+
+def _shuffle(key: jax.Array, count: int) -> jax.Array:
+    return jnp.argsort(jax.random.bits(key, (count,)))
+
+
+def as_float(x: jax.Array) -> jax.Array:
+    """Pictures of uint8 as float32 in `[0, 1]`; anything else as it is."""
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+
+
+def _turn(image: jax.Array, turns: jax.Array) -> jax.Array:
+    """Turns `[size, size, ...]` by `turns` times 90 degrees."""
+    return jnp.stack([jnp.rot90(image, k) for k in range(4)])[turns]
+
+
+def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
+    for name, value in {"ways": ways, "shots": shots, "queries": queries}.items():
+        refusals.check_at_least(name, value, 1)
+    if images.ndim < 2:
+        raise ValueError(f"images must be [classes, examples, ...], got shape {images.shape}")
+    if ways > images.shape[0]:
+        raise ValueError(f"ways={ways} is more than the {images.shape[0]} classes there are")
+    if counts is not None and np.shape(counts) != images.shape[:1]:
+        raise ValueError(f"counts must be [{images.shape[0]}], got shape {np.shape(counts)}")
+    fewest = images.shape[1] if counts is None else int(np.min(counts))
+    if shots + queries > fewest or fewest > images.shape[1]:
+        raise ValueError(
+            f"shots={shots} plus queries={queries} is more than the {fewest} examples of the "
+            "smallest class; ask for fewer, or leave that class out"
+        )
+    if rotations:
+        _check_square(images.shape)
+
+
+def _check_square(shape: tuple[int, ...]) -> None:
+    if len(shape) < 4 or shape[2] != shape[3]:
+        raise ValueError(
+            f"rotations need square pictures [classes, examples, size, size, ...], got {shape}"
+        )

@@ -1,0 +1,124 @@
+"""The outer loop: meta-steps compiled together, with progress and metrics at fixed intervals."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fomaml_jax.learner import MetaLearner, MetaState, meta_learner
+from fomaml_jax.parallel import TasksAtOnce, over_tasks
+from fomaml_jax.tasks import TaskDistribution, task_keys
+from fomaml_jax.types import MetaGradient, Params
+
+
+class Report(NamedTuple):
+    """What happened since the last report.
+
+    Attributes:
+        loss: the mean over steps of the mean query loss over finite tasks.
+        grad_norm: the mean norm of the meta-gradient.
+        left_out: how many tasks were not finite.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    left_out: jax.Array
+
+
+def meta_train(
+    meta_gradient: MetaGradient,
+    tasks: TaskDistribution,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    steps: int,
+    tasks_per_step: int,
+    tasks_at_once: TasksAtOnce = "auto",
+    name: str = "meta-training",
+) -> Iterator[tuple[Params, dict[str, Any]]]:
+    """Trains on a task distribution under a progress bar.
+
+    Tasks are sampled inside the compiled step, one as it is needed, so memory does not grow with
+    `tasks_per_step`. Task `i` of step `n` is a function of `(key, n, i)` alone.
+
+    Args:
+        meta_gradient: `(params, task) -> (grads, TaskInfo)` for one task.
+        tasks: the distribution to train on.
+        params: where training starts.
+        optimizer: the outer optimizer.
+        key: a PRNG key; not consumed, only folded.
+        steps: outer steps.
+        tasks_per_step: tasks in a meta-batch.
+        tasks_at_once: as in `over_tasks`.
+        name: what the progress bar calls it.
+
+    Yields:
+        About a hundred times: the parameters, and a row of metrics on the steps since the last:
+        `step`, `tasks`, `loss`, `grad_norm`, `left_out`. The caller may stop at any of them.
+    """
+    learner = meta_learner(
+        over_tasks(
+            lambda params, key: meta_gradient(params, tasks(key)), tasks_at_once=tasks_at_once
+        ),
+        optimizer,
+    )
+    report_every = max(1, min(steps // 100, 500))
+    left_out = 0
+    with _progress_bar(steps * tasks_per_step, name) as bar:
+        stretches = _stretches(
+            learner, learner.init(params), key, steps, tasks_per_step, report_every
+        )
+        for state, report in stretches:
+            left_out += int(report.left_out)
+            row = {"step": int(state.step), "tasks": int(state.step) * tasks_per_step}
+            row |= {"loss": float(report.loss), "grad_norm": float(report.grad_norm)}
+            row |= {"left_out": int(report.left_out)}
+            note = f", {left_out} tasks left out" if left_out else ""
+            bar.set_postfix_str(f"loss {row['loss']:.3f}{note}", refresh=False)
+            bar.update(row["tasks"] - bar.n)
+            yield state.params, row
+
+
+def _stretches(
+    learner: MetaLearner,
+    state: MetaState,
+    key: jax.Array,
+    steps: int,
+    tasks_per_step: int,
+    report_every: int,
+) -> Iterator[tuple[MetaState, Report]]:
+    """Steps until `state.step == steps`, those between two reports in one compiled loop."""
+
+    @jax.jit
+    def stretch(state: MetaState, num_steps: int) -> tuple[MetaState, Report]:
+        def body(_, carry):
+            state, total = carry
+            state, info = learner.step(state, task_keys(key, state.step, tasks_per_step))
+            seen = Report(info.loss, info.grad_norm, tasks_per_step - info.num_finite)
+            return state, jax.tree.map(lambda t, s: t + s.astype(t.dtype), total, seen)
+
+        zero = Report(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+        state, total = jax.lax.fori_loop(0, num_steps, body, (state, zero))
+        mean = total.loss / num_steps, total.grad_norm / num_steps
+        return state, Report(*mean, total.left_out)
+
+    done = int(state.step)
+    while done < steps:
+        now = min(report_every - done % report_every, steps - done)
+        state, report = jax.block_until_ready(stretch(state, now))
+        done += now
+        yield state, report
+
+
+def _progress_bar(total: int, name: str) -> Any:
+    """Moves often in a terminal, and seldom in a log file."""
+    from tqdm import tqdm  # an extra: only the command line shows progress
+
+    seconds = 0.1 if sys.stderr.isatty() else 15.0
+    return tqdm(
+        total=total, desc=name, unit=" tasks", unit_scale=True, mininterval=seconds, ncols=100
+    )
