@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from fomaml_jax import refusals
 from fomaml_jax.types import AdaptInfo, Batch, LossFn, Params
@@ -16,7 +16,7 @@ def adapt(
     params: Params,
     support: Batch,
     optimizer: optax.GradientTransformation,
-    num_steps: int | chex.Array,
+    num_steps: int | jax.Array,
     *,
     first_order: bool = True,
     has_aux: bool = False,
@@ -94,7 +94,7 @@ def adapt(
         return (optax.apply_updates(theta, updates), state), AdaptInfo(value, aux)
 
     start = (jax.tree.map(jnp.asarray, params), optimizer.init(stop(params)))
-    loop = _traced_loop if isinstance(num_steps, jax.core.Tracer) else _scan
+    loop = _traced_loop if isinstance(num_steps, Tracer) else _scan
     (adapted, _), info = loop(step, start, num_steps, unroll)
     return adapted, info
 

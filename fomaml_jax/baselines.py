@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from fomaml_jax import options, problems
-from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses
 from fomaml_jax.evaluation import Evaluation, evaluate
 from fomaml_jax.meta_gradients import fomaml, maml
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.problems import Problem
-from fomaml_jax.tasks import TaskDistribution, as_float
+from fomaml_jax.tasks import Augmentation, TaskDistribution, as_float
 from fomaml_jax.types import Batch, MetaGradient, Params, Task
 
 JOINT_BATCH = 128
@@ -101,8 +100,10 @@ def joint_pretraining(
     Returns:
         The evaluation after each step, and the multiple of the inner rates that was chosen.
     """
-    pretrain = _pretrain_on_points if problem.splits is None else _pretrain_on_classes
-    params = pretrain(chosen, problem, fit)
+    if isinstance(chosen, options.ImageOptions):
+        params = _pretrain_on_classes(chosen, problem, fit)
+    else:
+        params = _pretrain_on_points(chosen, problem, fit)
 
     def judged(factor: float, tasks: TaskDistribution, num_tasks: int, key: jax.Array):
         inner = optax.chain(problem.inner, optax.scale(factor))
@@ -143,33 +144,32 @@ def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fi
     """Classification of all training classes; its head then makes way for the problem's."""
     assert problem.splits is not None
     classes = problem.splits.train
-    net = problems.network(chosen, len(classes.images))
-    seen = chosen.ways * (chosen.inner_steps * chosen.shots + chosen.queries)
+    seen = chosen.train_ways * (chosen.inner_steps * chosen.shots + chosen.queries)
     steps = max(1, chosen.steps * chosen.tasks_per_step * seen // JOINT_BATCH)
     trained = fit(
-        fomaml(problems.cross_entropy(matmul_convolutions(net.apply)), problem.inner, 0),
-        _batches(classes),
-        problems.initial_params(net, classes, chosen.seed),
+        fomaml(problems.cross_entropy(problems.predictor(chosen)), optax.identity(), 0),
+        _batches(classes, problems.augmentation(chosen)),
+        problems.initial_params(chosen, len(classes.images), classes),
         problems.outer_optimizer(chosen.rate, steps),
         steps=steps,
         tasks_per_step=1,
         tasks_at_once=1,
         name=JOINT,
     )
-    return jax.tree.map_with_path(
-        lambda path, new, old: new if problems.is_head(path) else old, problem.params, trained
-    )
+    return problems.without_head(trained)
 
 
-def _batches(classes: ImageClasses) -> TaskDistribution:
+def _batches(classes: ImageClasses, augment: Augmentation | None) -> TaskDistribution:
     """Random pictures with their class among all: `key -> Task`, support and query the same."""
     images, counts = jnp.asarray(classes.images), jnp.asarray(classes.counts)
 
     def sample_batch(key: jax.Array) -> Task:
-        class_key, example_key = jax.random.split(key)
+        class_key, example_key, augment_key = jax.random.split(key, 3)
         labels = jax.random.randint(class_key, (JOINT_BATCH,), 0, len(images), jnp.int32)
         chosen = jax.random.randint(example_key, (JOINT_BATCH,), 0, counts[labels])
-        batch = (as_float(images[labels, chosen]), labels)
-        return Task(batch, batch)
+        x = as_float(images[labels, chosen])
+        if augment is not None:
+            x = jax.vmap(augment)(jax.random.split(augment_key, JOINT_BATCH), x)
+        return Task((x, labels), (x, labels))
 
     return sample_batch

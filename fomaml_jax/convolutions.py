@@ -3,7 +3,7 @@
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -19,9 +19,9 @@ R = TypeVar("R")
 # larger (11 x 11 is 121), but differentiated code has windows as large as a whole image.
 _MAX_OFFSETS = 128
 
+# What only evaluates its inner jaxprs, so that they may be exchanged for equal ones.
 _TRANSPARENT = frozenset(
     {
-        primitives.closed_call_p,
         primitives.cond_p,
         primitives.custom_jvp_call_p,
         primitives.custom_vjp_call_p,
@@ -63,7 +63,7 @@ def matmul_convolutions(fn: Callable[P, R]) -> Callable[P, R]:
     Left as they are: grouped convolutions (depthwise ones among them), transposed convolutions
     (dilated images), windows of more than 128 offsets, and what is inside of primitives other than
     `jax.jit`, `jax.checkpoint`, `jax.lax.scan`, `while_loop`, `cond`, `switch`, `jax.custom_jvp`
-    and `jax.custom_vjp`. Custom derivatives stay the user's own; their rules are rewritten too.
+    and `jax.custom_vjp`. Custom derivatives stay the user's own, written in the same way.
 
     Args:
         fn: any function that JAX can trace. It is traced at every call, as by `jax.jit`, with
@@ -112,12 +112,9 @@ def native_convolutions(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
     Returns:
         Their number in the program text: a convolution in a loop counts once.
     """
-    own = sum(_is_eligible(equation) for equation in jaxpr.eqns)
-    return own + sum(
-        native_convolutions(inner)
+    return sum(
+        _is_eligible(equation) + sum(map(native_convolutions, _inner_jaxprs(equation)))
         for equation in jaxpr.eqns
-        if equation.primitive in _TRANSPARENT
-        for inner in core.jaxprs_in_params(equation.params)
     )
 
 
@@ -178,8 +175,7 @@ def _with_equations(jaxpr: Any, equations: list[core.JaxprEqn]) -> Any:
 def _rewritten_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
     if _is_eligible(equation):
         return _matmul_equation(equation)
-    inner = core.jaxprs_in_params(equation.params)
-    if equation.primitive not in _TRANSPARENT or not any(map(native_convolutions, inner)):
+    if not any(map(native_convolutions, _inner_jaxprs(equation))):
         return equation
     parameters = {
         name: _REWRITTEN_RULES.get(name, _rewritten_parameter)(value)
@@ -219,6 +215,10 @@ _REWRITTEN_RULES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _inner_jaxprs(equation: core.JaxprEqn) -> Iterable[core.Jaxpr]:
+    return core.jaxprs_in_params(equation.params) if equation.primitive in _TRANSPARENT else ()
+
+
 def _is_eligible(equation: core.JaxprEqn) -> bool:
     if equation.primitive is not primitives.conv_general_dilated_p:
         return False
@@ -238,8 +238,10 @@ def _is_eligible(equation: core.JaxprEqn) -> bool:
 def _matmul_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
     """A call of a jitted function: one equation for one, so that nothing else has to change."""
     parameters = {name: equation.params[name] for name in _KEPT_PARAMETERS}
-    traced = jax.make_jaxpr(functools.partial(_matmul_convolution, **parameters))
-    (call,) = traced(*(operand.aval for operand in equation.invars)).eqns
+    convolution = functools.partial(_matmul_convolution, **parameters)
+    with jax.disable_jit(False):
+        traced = jax.make_jaxpr(convolution)(*(operand.aval for operand in equation.invars))
+    (call,) = traced.eqns
     return equation.replace(primitive=call.primitive, params=call.params)
 
 

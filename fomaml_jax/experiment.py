@@ -12,7 +12,6 @@ import jax
 
 from fomaml_jax import baselines, options, pictures, problems, runs
 from fomaml_jax.evaluation import Evaluation
-from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.problems import Problem
 from fomaml_jax.training import meta_train
 from fomaml_jax.types import Params
@@ -110,7 +109,7 @@ def _meta_train(chosen: options.Options, problem: Problem, folder: Path, keys: K
         num_tasks=VALIDATION_TASKS,
     )
     training = meta_train(
-        fomaml(problem.loss_fn, problem.inner, chosen.inner_steps),
+        problem.meta_gradient,
         problem.train,
         problem.params,
         problem.outer(chosen.steps),

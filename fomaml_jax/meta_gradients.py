@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from fomaml_jax import refusals
 from fomaml_jax.adaptation import adapt
@@ -108,7 +109,7 @@ def maml(
 
     def meta_gradient(params: Params, task: Task) -> tuple[Params, TaskInfo]:
         _check_task(task)
-        if isinstance(num_steps, jax.core.Tracer):
+        if isinstance(num_steps, Tracer):
             raise TypeError(
                 "maml differentiates through the inner loop, so num_steps must be a Python int; "
                 "mark it static, or use fomaml, which takes a traced one"
@@ -227,7 +228,7 @@ def _warn_of_infinite_curvature(optimizer: optax.GradientTransformation, params:
     with jax.ensure_compile_time_eval():
         curvature = jax.grad(total_update)(jax.tree.map(zero_and_one, params))
     leaves = jax.tree.leaves(curvature)
-    if any(not isinstance(x, jax.core.Tracer) and jnp.isnan(x).any() for x in leaves):
+    if any(not isinstance(x, Tracer) and jnp.isnan(x).any() for x in leaves):
         warnings.warn(
             "this inner optimizer has an infinite derivative where a gradient is exactly zero, "
             "which makes second-order meta-gradients NaN: pass eps_root (optax.adam(rate, "

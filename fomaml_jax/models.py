@@ -1,6 +1,6 @@
 """The small networks of the field, in Flax."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from fomaml_jax import refusals
 
 
-def mlp(hidden: Sequence[int] = (40, 40), outputs: int = 1, *, activation=nn.relu) -> nn.Module:
+def mlp(
+    hidden: Sequence[int] = (40, 40),
+    outputs: int = 1,
+    *,
+    activation: Callable[[jax.Array], jax.Array] = nn.relu,
+) -> nn.Module:
     """A multi-layer perceptron; the defaults are the MAML paper's sinusoid network.
 
     Args:
@@ -85,7 +90,7 @@ def conv4(
 class _MLP(nn.Module):
     hidden: tuple[int, ...]
     outputs: int
-    activation: object
+    activation: Callable[[jax.Array], jax.Array]
 
     @nn.compact
     def __call__(self, x):

@@ -55,19 +55,24 @@ class ImageOptions(Options):
     """Options of few-shot classification."""
 
     ways: int = 5
-    """Classes in an episode."""
+    """Classes in an episode of unseen tasks."""
     shots: int = 1
     """Support examples a class."""
     queries: int = 5
     """Query examples a class; a query batch is normalised together (transductive)."""
-    steps: int = 2000
-    tasks_per_step: int = 8
+    train_ways: int = 20
+    """Classes in a training episode, at least --ways: harder tasks make better features, and the
+    head, which starts at zero in every task, fits any number of classes."""
+    steps: int = 1000
+    tasks_per_step: int = 4
     inner_steps: int = 3
     inner_rate: float = 0.1
     """Learning rate of adaptation, all layers but the head."""
-    head_rate: float = 1.0
-    """Learning rate of adaptation, the linear head, which starts at zero in every task."""
+    head_rate: float = 0.15
+    """Learning rate of adaptation, the linear head, for each of the ways."""
     rate: float = 5e-3
+    shift: int = 2
+    """Training pictures are shifted at random by up to so many pixels."""
     width: int = 32
     """Channels of the four convolutions."""
     pooling: Literal["stride", "max"] = "stride"
@@ -146,7 +151,7 @@ def check(options: Options) -> None:
     Raises:
         ValueError: naming the option, the value, and what it may be.
     """
-    least = {"inner_steps": 0, "eval_steps": 1, "eval_tasks": 2, "seed": 0}
+    least = {"inner_steps": 0, "eval_steps": 1, "eval_tasks": 2, "seed": 0, "shift": 0}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         option = "--" + field.name.replace("_", "-")
@@ -177,5 +182,5 @@ def from_json(config: dict[str, Any]) -> Options:
         raise ValueError(
             f"the configuration's options differ from this version's: {set(config) ^ fields}"
         )
-    paths = {name: Path(config[name]) for name in ("path", "out") if config.get(name)}
+    paths: dict[str, Any] = {n: Path(config[n]) for n in ("path", "out") if config.get(n)}
     return kind(**(config | paths))

@@ -127,7 +127,7 @@ def _resolve(tasks_at_once: TasksAtOnce, num_tasks: int) -> int:
 
 def _accumulator(dtype: Any) -> Any:
     """Sums over many tasks need more than 16 bits."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _sum_kept(grads: jax.Array, keep: jax.Array, dtype: Any) -> jax.Array:

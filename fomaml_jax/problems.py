@@ -1,11 +1,13 @@
 """From options to a problem: tasks to train and be judged on, a network, its loss and metric."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -14,9 +16,22 @@ from fomaml_jax.adaptation import adapt
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.evaluation import Evaluation, evaluate
+from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.parallel import TasksAtOnce
-from fomaml_jax.tasks import TaskDistribution, episodes, rotated_classes, sinusoid
-from fomaml_jax.types import Batch, LossFn, Params
+from fomaml_jax.tasks import (
+    Augmentation,
+    TaskDistribution,
+    episodes,
+    random_shift,
+    rotated_classes,
+    sinusoid,
+)
+from fomaml_jax.types import Batch, LossFn, MetaGradient, Params, Task, TaskInfo
+
+HEAD = "head"
+"""The name of a network's last, linear layer."""
+
+Predict = Callable[[Params, jax.Array], jax.Array]
 
 MetricFn = Callable[[Params, Batch], jax.Array]
 
@@ -26,12 +41,14 @@ class Problem:
     """Everything that meta-training and its evaluation need to know.
 
     Attributes:
-        params: where training starts.
+        params: the shared parameters, before training.
+        start: `(shared params) -> params` to adapt to an unseen task from, its new head included.
         predict: `(params, x) -> outputs`.
         loss_fn: `(params, batch) -> loss`.
         metric_fn: `(params, batch) -> metric`, what is reported.
         metric: its name.
-        inner: the optimizer of adaptation.
+        inner: the optimizer of adaptation to unseen tasks.
+        meta_gradient: `(shared params, task) -> (grads, TaskInfo)` for one training task.
         outer: the optimizer of the shared parameters, for a number of steps.
         train: the distribution of training tasks.
         validation: of tasks to follow training with.
@@ -41,11 +58,13 @@ class Problem:
     """
 
     params: Params
-    predict: Callable[[Params, jax.Array], jax.Array]
+    start: Callable[[Params], Params]
+    predict: Predict
     loss_fn: LossFn
     metric_fn: MetricFn
     metric: str
     inner: optax.GradientTransformation
+    meta_gradient: MetaGradient
     outer: Callable[[int], optax.GradientTransformation]
     train: TaskDistribution
     validation: TaskDistribution
@@ -74,7 +93,7 @@ def adapt_path(problem: Problem, num_steps: int) -> Callable[[Params, Batch], Pa
     def adapt_fn(params: Params, support: Batch) -> Params:
         last, info = adapt(
             lambda params, batch: (problem.loss_fn(params, batch), params),
-            params,
+            problem.start(params),
             support,
             problem.inner,
             num_steps,
@@ -109,7 +128,7 @@ def judge_of(
     return judge
 
 
-def cross_entropy(predict: Callable[[Params, jax.Array], jax.Array]) -> LossFn:
+def cross_entropy(predict: Predict) -> LossFn:
     """The mean cross-entropy of predicted logits, as a loss function of `(x, labels)`."""
 
     def loss_fn(params: Params, batch: Batch) -> jax.Array:
@@ -124,21 +143,52 @@ def network(chosen: options.ImageOptions, outputs: int) -> nn.Module:
     return models.conv4(outputs, width=chosen.width, pooling=chosen.pooling, features="scaled")
 
 
-def initial_params(net: nn.Module, classes: ImageClasses, seed: int) -> Params:
+def predictor(chosen: options.ImageOptions) -> Predict:
+    """The network as a function, for whatever number of classes its head has."""
+
+    def predict(params: Params, x: jax.Array) -> jax.Array:
+        outputs = params["params"][HEAD]["kernel"].shape[-1]
+        return cast(jax.Array, network(chosen, outputs).apply(params, x))
+
+    return matmul_convolutions(predict)
+
+
+def initial_params(chosen: options.ImageOptions, outputs: int, classes: ImageClasses) -> Params:
     """Parameters for pictures of this size."""
-    return net.init(jax.random.key(seed), jnp.zeros((1, *classes.images.shape[2:])))
+    example = jnp.zeros((1, *classes.images.shape[2:]))
+    return network(chosen, outputs).init(jax.random.key(chosen.seed), example)
 
 
-def is_head(path: Any) -> bool:
-    """Whether a parameter's key path lies in the linear head."""
-    return any(getattr(key, "key", None) == "head" for key in path)
+def augmentation(chosen: options.ImageOptions) -> Augmentation | None:
+    """What training does to every picture."""
+    return random_shift(chosen.shift) if chosen.shift else None
+
+
+def without_head(params: Params) -> Params:
+    """A network's parameters but for those of its linear head."""
+    return {"params": {name: layer for name, layer in params["params"].items() if name != HEAD}}
+
+
+def with_head(params: Params, head: Params) -> Params:
+    """The inverse of `without_head`."""
+    return {"params": {**params["params"], HEAD: head}}
+
+
+def fresh_head(meta_gradient: MetaGradient, head: Params) -> MetaGradient:
+    """Begins every task with the same head: it is adapted with the rest, but not meta-learned."""
+
+    def without(params: Params, task: Task) -> tuple[Params, TaskInfo]:
+        grads, info = meta_gradient(with_head(params, head), task)
+        return without_head(grads), info
+
+    return without
 
 
 def inner_optimizer(rate: float, head_rate: float) -> optax.GradientTransformation:
     """Gradient descent on every layer, at a rate of its own for the head."""
 
     def labels(params):
-        return jax.tree.map_with_path(lambda p, _: "head" if is_head(p) else "body", params)
+        return {"params": {name: "head" if name == HEAD else "body" for name in params["params"]}}
 
     return optax.partition({"body": optax.sgd(rate), "head": optax.sgd(head_rate)}, labels)
 
@@ -146,14 +196,6 @@ def inner_optimizer(rate: float, head_rate: float) -> optax.GradientTransformati
 def outer_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
     """Adam with a cosine decay to a hundredth of the rate."""
     return optax.adam(optax.cosine_decay_schedule(rate, steps, alpha=0.01))
-
-
-def _keep_head() -> optax.GradientTransformation:
-    """Leaves the head at zero, where every task begins: it is adapted, not meta-learned."""
-    return optax.masked(
-        optax.set_to_zero(),
-        lambda params: jax.tree.map_with_path(lambda path, _: is_head(path), params),
-    )
 
 
 def _load(chosen: options.ImageOptions) -> Splits:
@@ -171,47 +213,64 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     turned = isinstance(chosen, options.Omniglot)
     if turned:
         splits = splits._replace(train=_turned_classes(splits.train))
-    net = network(chosen, chosen.ways)
-    predict = matmul_convolutions(net.apply)
+    train_ways = max(chosen.ways, min(chosen.train_ways, len(splits.train.images)))
+    params = initial_params(chosen, train_ways, splits.train)
+    head = params["params"][HEAD]  # of zeros
+    predict = predictor(chosen)
+    loss_fn = cross_entropy(predict)
+
+    def inner(ways: int) -> optax.GradientTransformation:
+        return inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
+
+    def start(params: Params) -> Params:
+        return with_head(params, jax.tree.map(lambda x: x[..., : chosen.ways], head))
 
     def accuracy(params: Params, batch: Batch) -> jax.Array:
         x, y = batch
         return jnp.mean(predict(params, x).argmax(-1) == y)
 
-    def distribution(name: str, *, rotations: bool = False) -> TaskDistribution:
-        classes: ImageClasses = getattr(splits, name)
-        try:
-            return episodes(
-                classes.images,
-                counts=classes.counts,
-                ways=chosen.ways,
-                shots=chosen.shots,
-                queries=chosen.queries,
-                rotations=rotations,
-            )
-        except ValueError as error:
-            raise ValueError(f"{name} split: {error}") from None
+    def unseen(name: str) -> TaskDistribution:
+        return _episodes(chosen, name, splits, chosen.ways, rotations=turned)
 
     return Problem(
-        params=initial_params(net, splits.train, chosen.seed),
+        params=without_head(params),
+        start=start,
         predict=predict,
-        loss_fn=cross_entropy(predict),
+        loss_fn=loss_fn,
         metric_fn=accuracy,
         metric="accuracy",
-        inner=inner_optimizer(chosen.inner_rate, chosen.head_rate),
-        outer=lambda steps: optax.chain(outer_optimizer(chosen.rate, steps), _keep_head()),
-        train=distribution("train"),
-        validation=distribution("validation", rotations=turned),
-        test=distribution("test", rotations=turned),
+        inner=inner(chosen.ways),
+        meta_gradient=fresh_head(fomaml(loss_fn, inner(train_ways), chosen.inner_steps), head),
+        outer=functools.partial(outer_optimizer, chosen.rate),
+        train=_episodes(chosen, "train", splits, train_ways, augment=augmentation(chosen)),
+        validation=unseen("validation"),
+        test=unseen("test"),
         splits=splits,
     )
+
+
+def _episodes(
+    chosen: options.ImageOptions, name: str, splits: Splits, ways: int, **kwargs: Any
+) -> TaskDistribution:
+    classes: ImageClasses = getattr(splits, name)
+    try:
+        return episodes(
+            classes.images,
+            counts=classes.counts,
+            ways=ways,
+            shots=chosen.shots,
+            queries=chosen.queries,
+            **kwargs,
+        )
+    except ValueError as error:
+        raise ValueError(f"{name} split: {error}") from None
 
 
 def _turned_classes(classes: ImageClasses) -> ImageClasses:
     """Rotations by 90 degrees as classes of their own: four times as many to train on."""
     return ImageClasses(
         images=rotated_classes(classes.images),
-        counts=jnp.tile(classes.counts, 4),
+        counts=np.tile(classes.counts, 4),
         names=tuple(f"{name} turned {90 * k}" for k in range(4) for name in classes.names),
     )
 
@@ -219,20 +278,24 @@ def _turned_classes(classes: ImageClasses) -> ImageClasses:
 def _regression(chosen: options.Sinusoid) -> Problem:
     net = models.mlp()
 
+    def predict(params: Params, x: jax.Array) -> jax.Array:
+        return cast(jax.Array, net.apply(params, x))
+
     def loss_fn(params: Params, batch: Batch) -> jax.Array:
         x, y = batch
-        return jnp.mean((net.apply(params, x) - y) ** 2)
+        return jnp.mean((predict(params, x) - y) ** 2)
 
     unseen = sinusoid(shots=chosen.shots, queries=100)
+    inner = optax.chain(optax.clip_by_global_norm(chosen.inner_clip), optax.sgd(chosen.inner_rate))
     return Problem(
         params=net.init(jax.random.key(chosen.seed), jnp.zeros((1, 1))),
-        predict=net.apply,
+        start=lambda params: params,
+        predict=predict,
         loss_fn=loss_fn,
         metric_fn=loss_fn,
         metric="mean squared error",
-        inner=optax.chain(
-            optax.clip_by_global_norm(chosen.inner_clip), optax.sgd(chosen.inner_rate)
-        ),
+        inner=inner,
+        meta_gradient=fomaml(loss_fn, inner, chosen.inner_steps),
         outer=lambda steps: optax.chain(
             optax.clip_by_global_norm(10.0), outer_optimizer(chosen.rate, steps)
         ),

@@ -3,11 +3,11 @@
 import operator
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.extend import core as jex_core
 
 from fomaml_jax.types import Batch, LossFn, Params
@@ -47,7 +47,7 @@ def check_batch(name: str, batch: Batch) -> None:
 
 def check_num_steps(num_steps: Any) -> int | jax.Array:
     """Returns `num_steps` as a Python int, or untouched if it is traced."""
-    if isinstance(num_steps, jax.core.Tracer):
+    if isinstance(num_steps, Tracer):
         if num_steps.ndim or not jnp.issubdtype(num_steps.dtype, jnp.integer):
             raise TypeError(f"num_steps must be an integer scalar, got {num_steps.aval}")
         return num_steps
@@ -86,7 +86,7 @@ def checked_loss(loss_fn: LossFn, has_aux: bool):
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function (params, batch) -> loss, got {loss_fn!r}")
 
-    def loss_and_aux(params: Params, batch: Batch) -> tuple[chex.Array, Any]:
+    def loss_and_aux(params: Params, batch: Batch) -> tuple[jax.Array, Any]:
         out = loss_fn(params, batch)
         is_pair = isinstance(out, tuple) and len(out) == 2
         if has_aux != is_pair:
@@ -161,7 +161,7 @@ def _factors(closed: jex_core.ClosedJaxpr):
         if eqn.primitive.name == "mul":
             for x in eqn.invars:
                 value = x.val if isinstance(x, jex_core.Literal) else known.get(x)
-                if value is not None and not isinstance(value, jax.core.Tracer):
+                if value is not None and not isinstance(value, Tracer):
                     yield value
 
 

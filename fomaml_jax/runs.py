@@ -72,7 +72,7 @@ def save_parameters(folder: Path, params: Params) -> None:
     """Saves a pytree of arrays, its key paths as names."""
     named = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(params)}
     with replacing(folder / PARAMETERS) as temporary:
-        np.savez(temporary, **named)
+        np.savez(temporary, allow_pickle=False, **named)
 
 
 def load_parameters(folder: Path, like: Params) -> Params:

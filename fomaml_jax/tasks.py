@@ -11,6 +11,10 @@ from fomaml_jax import refusals
 from fomaml_jax.types import Task
 
 TaskDistribution = Callable[[jax.Array], Task]
+"""`key -> Task`, pure; `jax.vmap` of it makes a meta-batch."""
+
+Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(key, example) -> example`, of the same shape and dtype."""
 
 
 def task_keys(key: jax.Array, step: int | jax.Array, num_tasks: int) -> jax.Array:
@@ -95,6 +99,7 @@ def episodes(
     queries: int,
     counts: jax.Array | np.ndarray | None = None,
     rotations: bool = False,
+    augment: Augmentation | None = None,
 ) -> TaskDistribution:
     """N-way K-shot classification episodes over classes resident on the device.
 
@@ -113,6 +118,7 @@ def episodes(
             the rest is padding. `None`: all are.
         rotations: turns every class of an episode by its own random multiple of 90 degrees, the
             same for its support and query. Needs square pictures.
+        augment: `(key, example) -> example`, applied to every example, such as `random_shift(2)`.
 
     Returns:
         `key -> Task`; a batch is `(x [ways * n, ...], y [ways * n] int32)`, labels `0..ways - 1`.
@@ -146,10 +152,13 @@ def episodes(
 
         def batch(key, examples):
             """The examples `[ways, n]` of the classes, in random order."""
-            order = _shuffle(key, examples.size)
+            order_key, augment_key = jax.random.split(key)
+            order = _shuffle(order_key, examples.size)
             labels = order // examples.shape[1]
             x = as_float(images[classes[labels], examples.reshape(-1)[order]])
             x = x if turns is None else jax.vmap(_turn)(x, turns[labels])
+            if augment is not None:
+                x = jax.vmap(augment)(jax.random.split(augment_key, len(x)), x)
             return x, labels.astype(jnp.int32)
 
         return Task(batch(support_key, examples[:, :shots]), batch(query_key, examples[:, shots:]))
@@ -177,6 +186,31 @@ def rotated_classes(images: np.ndarray) -> np.ndarray:
     """
     _check_square(images.shape)
     return np.concatenate([np.rot90(images, turns, axes=(2, 3)) for turns in range(4)])
+
+
+def random_shift(pixels: int) -> Augmentation:
+    """Moves a picture by up to so many pixels in each direction; what comes in is zero.
+
+    Args:
+        pixels: at least 1.
+
+    Returns:
+        `(key, image [height, width, ...]) -> image`, for `episodes(augment=...)`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, fomaml_jax as fj
+        >>> fj.tasks.random_shift(2)(jax.random.key(0), jnp.ones((28, 28, 1))).shape
+        (28, 28, 1)
+    """
+    refusals.check_at_least("pixels", pixels, 1)
+
+    def shift(key: jax.Array, image: jax.Array) -> jax.Array:
+        border = [(pixels, pixels)] * 2 + [(0, 0)] * (image.ndim - 2)
+        corner = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
+        starts = (*corner, *[0] * (image.ndim - 2))
+        return jax.lax.dynamic_slice(jnp.pad(image, border), starts, image.shape)
+
+    return shift
 
 
 def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
+import jax
 
-Params = chex.ArrayTree
+Params = Any
 """Any pytree of floating-point arrays."""
 
-Batch = chex.ArrayTree
+Batch = Any
 """Any pytree of arrays whose leaves lead with the example axis."""
 
 LossFn = Callable[[Params, Batch], Any]
@@ -36,7 +36,7 @@ class AdaptInfo(NamedTuple):
         aux: the loss function's aux output, stacked in the same way; `None` without `has_aux`.
     """
 
-    losses: chex.Array
+    losses: jax.Array
     aux: Any
 
 
@@ -50,9 +50,9 @@ class TaskInfo(NamedTuple):
         aux: the loss function's aux output on the query batch; `None` without `has_aux`.
     """
 
-    query_loss: chex.Array
-    support_losses: chex.Array
-    finite: chex.Array
+    query_loss: jax.Array
+    support_losses: jax.Array
+    finite: jax.Array
     aux: Any
 
 

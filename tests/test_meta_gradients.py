@@ -1,0 +1,224 @@
+"""One table of contracts for every algorithm, and the truth that each is held against."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import (
+    OPTIMIZERS,
+    assert_close,
+    network,
+    network_problem,
+    one,
+    quadratic,
+    quadratic_problem,
+)
+
+import fomaml_jax as fj
+
+ALGORITHMS = {"fomaml": fj.fomaml, "maml": fj.maml, "reptile": fj.reptile}
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+# What each algorithm has to give on a quadratic: theta, theta_K, query centre, (1 - rate) ** K.
+CLOSED_FORMS = {
+    "fomaml": lambda theta, adapted, query, shrunk: adapted - query,
+    "maml": lambda theta, adapted, query, shrunk: shrunk * (adapted - query),
+    "reptile": lambda theta, adapted, query, shrunk: theta - adapted,
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("num_steps", [0, 1, 3, 20])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_closed_form(name, num_steps, rate):
+    params, task = quadratic_problem()
+    shrunk = (1 - rate) ** num_steps
+    adapted = jax.tree.map(lambda p, c: c + shrunk * (p - c), params, task.support)
+    expected = jax.tree.map(
+        lambda p, a, q: CLOSED_FORMS[name](p, a, q, shrunk), params, adapted, task.query
+    )
+    grads, info = ALGORITHMS[name](quadratic, optax.sgd(rate), num_steps)(params, task)
+    assert_close(grads, expected)
+    assert_close(info.query_loss, quadratic(adapted, task.query))
+    assert info.support_losses.shape == (num_steps,)
+    assert bool(info.finite)
+
+
+def unrolled(params, task, optimizer, num_steps, stop):
+    """The query loss after an inner loop written out by hand, with `stop` on what is constant."""
+    theta, state = params, optimizer.init(stop(params))
+    for _ in range(num_steps):
+        grads = stop(jax.grad(network)(theta, task.support))
+        updates, state = optimizer.update(grads, state, stop(theta))
+        theta = optax.apply_updates(theta, updates)
+    return network(theta, task.query)
+
+
+@pytest.mark.usefixtures("float64", "standard_promotion")
+@optimizers
+def test_fomaml_is_maml_with_stopped_inner_gradients(optimizer):
+    params, tasks = network_problem(1)
+    grads, info = fj.fomaml(network, optimizer(), 4)(params, one(tasks))
+    loss, expected = jax.value_and_grad(unrolled)(
+        params, one(tasks), optimizer(), 4, jax.lax.stop_gradient
+    )
+    assert_close(grads, expected)
+    assert_close(info.query_loss, loss)
+
+
+@pytest.mark.usefixtures("float64", "standard_promotion")
+@optimizers
+def test_maml_differentiates_through_everything(optimizer):
+    params, tasks = network_problem(1)
+    grads, _ = fj.maml(network, optimizer(), 4)(params, one(tasks))
+    expected = jax.grad(unrolled)(params, one(tasks), optimizer(), 4, lambda x: x)
+    assert_close(grads, expected)
+
+
+@pytest.mark.usefixtures("float64")
+def test_first_and_second_order_differ():
+    """The two references above could agree by accident; they must not."""
+    params, tasks = network_problem(1)
+    first, _ = fj.fomaml(network, optax.sgd(0.1), 4)(params, one(tasks))
+    second, _ = fj.maml(network, optax.sgd(0.1), 4)(params, one(tasks))
+    assert abs(first["w1"] - second["w1"]).max() > 1e-2
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("algorithm", [fj.fomaml, fj.maml])
+def test_zero_steps_give_the_plain_gradient(algorithm):
+    params, tasks = network_problem(1)
+    grads, _ = algorithm(network, optax.sgd(0.1), 0)(params, one(tasks))
+    assert_close(grads, jax.grad(network)(params, one(tasks).query))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_learned_rate_keeps_its_gradient():
+    """For SGD, d/d alpha of the query loss is minus the sum of <g_k, query gradient>."""
+    params, tasks = network_problem(1)
+    task = one(tasks)
+
+    def query_loss(alpha):
+        return fj.fomaml(network, optax.sgd(alpha), 3)(params, task)[1].query_loss
+
+    theta, inner = params, []
+    for _ in range(3):
+        inner.append(jax.grad(network)(theta, task.support))
+        theta = jax.tree.map(lambda t, g: t - 0.1 * g, theta, inner[-1])
+    outer = jax.grad(network)(theta, task.query)
+    expected = -sum(optax.tree.vdot(g, outer) for g in inner)
+    assert_close(jax.grad(query_loss)(0.1), expected)
+
+
+@algorithms
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_structure_and_dtypes_are_kept(algorithm, dtype):
+    params, task = quadratic_problem()
+    params, task = jax.tree.map(lambda x: x.astype(dtype), (params, task))
+    grads, _ = algorithm(quadratic, optax.sgd(0.1), 2)(params, task)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+
+
+@algorithms
+def test_works_under_every_transformation_and_traces_once(algorithm):
+    params, tasks = network_problem(3)
+    meta_gradient = algorithm(network, optax.sgd(0.1), 2)
+    expected = [meta_gradient(params, one(tasks, i))[0] for i in range(3)]
+    jitted = jax.jit(chex.assert_max_traces(meta_gradient, 1))
+    by_vmap, _ = jax.vmap(meta_gradient, (None, 0))(params, tasks)
+    _, (by_scan, _) = jax.lax.scan(lambda _, t: (None, meta_gradient(params, t)), None, tasks)
+    for i in range(3):
+        assert_close(jitted(params, one(tasks, i))[0], expected[i], 1e-5)
+        assert_close(one(by_vmap, i), expected[i], 1e-5)
+        assert_close(one(by_scan, i), expected[i], 1e-5)
+
+
+@algorithms
+def test_aux_of_the_query_batch_is_handed_on(algorithm):
+    params, tasks = network_problem(1)
+    with_aux = lambda params, batch: (network(params, batch), {"examples": len(batch[0])})
+    grads, info = algorithm(with_aux, optax.sgd(0.1), 2, has_aux=True)(params, one(tasks))
+    plain, _ = algorithm(network, optax.sgd(0.1), 2)(params, one(tasks))
+    assert_close(grads, plain, 1e-6)
+    assert int(info.aux["examples"]) == 6
+
+
+@algorithms
+@pytest.mark.parametrize("unroll", [2, True])
+def test_unrolling_changes_nothing(algorithm, unroll):
+    params, tasks = network_problem(1)
+    grads, _ = algorithm(network, optax.sgd(0.1), 4, unroll=unroll)(params, one(tasks))
+    expected, _ = algorithm(network, optax.sgd(0.1), 4)(params, one(tasks))
+    assert_close(grads, expected, 1e-6)
+
+
+@algorithms
+@pytest.mark.parametrize("broken", ["support", "query"])
+def test_a_diverged_task_says_so(algorithm, broken):
+    if algorithm is fj.reptile and broken == "query":
+        pytest.skip("Reptile's meta-gradient does not see the query batch")
+    params, tasks = network_problem(1)
+    task = one(tasks)
+    task = task._replace(**{broken: jax.tree.map(lambda x: x * jnp.nan, getattr(task, broken))})
+    _, info = algorithm(network, optax.sgd(0.1), 2)(params, task)
+    assert not bool(info.finite)
+
+
+@pytest.mark.parametrize("algorithm", [fj.fomaml, fj.reptile])
+@pytest.mark.parametrize("num_steps", [0, 1, 5])
+def test_a_traced_number_of_steps(algorithm, num_steps):
+    params, tasks = network_problem(1)
+
+    @jax.jit
+    def traced(num_steps):
+        return algorithm(network, optax.sgd(0.1), num_steps)(params, one(tasks))
+
+    grads, info = traced(num_steps)
+    expected, reference = algorithm(network, optax.sgd(0.1), num_steps)(params, one(tasks))
+    assert_close(grads, expected, 1e-6)
+    ends = reference.support_losses[jnp.array([0, -1])] if num_steps else [np.nan] * 2
+    np.testing.assert_allclose(info.support_losses, ends, rtol=1e-6)
+
+
+def test_one_number_of_steps_for_each_task():
+    params, tasks = network_problem(3)
+    steps = jnp.array([0, 2, 5])
+    run = lambda task, k: fj.fomaml(network, optax.sgd(0.1), k)(params, task)[0]
+    together = jax.vmap(run)(tasks, steps)
+    for i, k in enumerate(steps.tolist()):
+        assert_close(one(together, i), run(one(tasks, i), k), 1e-5)
+
+
+def test_memory_is_flat_in_the_steps_for_first_order_alone():
+    params, tasks = network_problem(4, examples=64, width=128, dtype=jnp.float32)
+
+    def temporary_bytes(algorithm, num_steps):
+        step = fj.over_tasks(algorithm(network, optax.sgd(0.01), num_steps), tasks_at_once=1)
+        compiled = jax.jit(step).lower(params, tasks).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(fj.fomaml, 50) <= 1.05 * temporary_bytes(fj.fomaml, 1)
+    assert temporary_bytes(fj.maml, 50) > 3 * temporary_bytes(fj.maml, 1)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_second_order_through_adam_warns_unless_it_has_eps_root():
+    params, tasks = network_problem(1)
+    with pytest.warns(UserWarning, match="eps_root"):
+        fj.maml(network, optax.adam(0.05), 1)(params, one(tasks))
+    for optimizer in (optax.adam(0.05, eps_root=1e-8), optax.sgd(0.1), OPTIMIZERS["clipped"]()):
+        fj.maml(network, optimizer, 1)(params, one(tasks))  # a warning would be an error
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_optimizers_that_need_the_loss():
+    params, tasks = network_problem(1)
+    task = one(tasks)
+    for optimizer in (optax.polyak_sgd(), optax.lbfgs()):
+        adapted, info = fj.adapt(network, params, task.support, optimizer, 5)
+        assert network(adapted, task.support) < info.losses[0]

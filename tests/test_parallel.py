@@ -1,0 +1,114 @@
+"""Many tasks: every plan gives the same numbers, and no task poisons the others."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import assert_close, network, network_problem, one
+
+import fomaml_jax as fj
+
+FOMAML = fj.fomaml(network, optax.sgd(0.1), 3)
+plans = pytest.mark.parametrize("tasks_at_once", [1, 2, 3, 5, 7, None, "auto"])
+
+
+@pytest.mark.usefixtures("float64")
+@plans
+def test_every_plan_gives_the_mean_of_the_tasks(tasks_at_once):
+    params, tasks = network_problem(5)
+    each = [FOMAML(params, one(tasks, i)) for i in range(5)]
+    grads, info = jax.jit(fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once))(params, tasks)
+    assert_close(grads, jax.tree.map(lambda *g: sum(g) / 5, *(g for g, _ in each)))
+    assert_close(info, jax.tree.map(lambda *i: jnp.stack(i), *(i for _, i in each)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(num_tasks=st.integers(1, 9), tasks_at_once=st.integers(1, 10), seed=st.integers(0, 99))
+def test_plans_agree_for_any_number_of_tasks(num_tasks, tasks_at_once, seed):
+    params, tasks = network_problem(num_tasks, seed)
+    grads, info = fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once)(params, tasks)
+    expected, reference = fj.over_tasks(FOMAML, tasks_at_once=None)(params, tasks)
+    assert_close(grads, expected, 1e-5)
+    assert_close(info.query_loss, reference.query_loss, 1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+@plans
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_diverged_tasks_are_left_out_and_said(tasks_at_once, bad):
+    params, tasks = network_problem(5)
+    broken = jax.tree.map(lambda x: x.at[jnp.array([1, 4])].set(bad), tasks)
+    healthy = jax.tree.map(lambda x: x[jnp.array([0, 2, 3])], tasks)
+    over_tasks = fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once)
+    grads, info = over_tasks(params, broken)
+    assert_close(grads, over_tasks(params, healthy)[0])
+    assert info.finite.tolist() == [True, False, True, True, False]
+
+
+def test_no_finite_task_gives_a_zero_gradient():
+    params, tasks = network_problem(2)
+    tasks = jax.tree.map(lambda x: x * jnp.nan, tasks)
+    grads, info = fj.over_tasks(FOMAML)(params, tasks)
+    assert_close(grads, jax.tree.map(jnp.zeros_like, params))
+    assert not info.finite.any()
+
+
+@plans
+def test_propagate_hides_nothing(tasks_at_once):
+    params, tasks = network_problem(5)
+    broken = jax.tree.map(lambda x: x.at[1].set(jnp.nan), tasks)
+    over_tasks = fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once, on_nonfinite="propagate")
+    assert jnp.isnan(over_tasks(params, broken)[0]["w1"]).all()
+    assert_close(over_tasks(params, tasks)[0], fj.over_tasks(FOMAML)(params, tasks)[0], 1e-5)
+
+
+def test_tasks_may_be_keys_of_a_sampler():
+    params, _ = network_problem(1)
+    sample_task = fj.tasks.sinusoid(shots=4, queries=3)
+    keys = fj.tasks.task_keys(jax.random.key(0), 0, 5)
+    sampled = fj.over_tasks(lambda params, key: FOMAML(params, sample_task(key)))
+    grads, _ = sampled(params, keys)
+    expected, _ = fj.over_tasks(FOMAML)(params, jax.vmap(sample_task)(keys))
+    assert_close(grads, expected, 1e-5)
+
+
+def test_sums_of_low_precision_gradients_are_kept_in_float32():
+    params = jnp.zeros((), jnp.bfloat16)
+    loss = lambda theta, batch: theta * batch[0].astype(jnp.bfloat16)
+    ones = jnp.ones((1000, 1))  # a sum in bfloat16 would stop growing at 256
+    meta_gradient = fj.over_tasks(fj.fomaml(loss, optax.sgd(0.1), 0), tasks_at_once=1)
+    grads, _ = meta_gradient(params, fj.Task(ones, ones))
+    assert grads.dtype == jnp.bfloat16
+    assert float(grads) == 1.0
+
+
+def test_memory_does_not_grow_with_the_tasks_that_run_in_turn():
+    def temporary_bytes(num_tasks):
+        params, tasks = network_problem(num_tasks, width=128)
+        step = fj.over_tasks(FOMAML, tasks_at_once=2)
+        return jax.jit(step).lower(params, tasks).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(64) <= 1.05 * temporary_bytes(8)
+
+
+def convolutional_loss(kernel, batch):
+    images = jax.lax.conv(batch, kernel, (1, 1), "SAME")
+    return jnp.mean(images**2)
+
+
+def test_native_convolutions_are_warned_of_with_the_remedy():
+    kernel, images = jnp.ones((1, 1, 3, 3)), jnp.ones((2, 1, 1, 4, 4))
+    tasks = fj.Task(images, images)
+    native = fj.over_tasks(fj.fomaml(convolutional_loss, optax.sgd(0.1), 1))
+    with pytest.warns(UserWarning, match=r"matmul_convolutions\(loss_fn\)") as caught:
+        native(kernel, tasks)
+    assert caught[0].filename == __file__
+    rewritten = fj.fomaml(fj.matmul_convolutions(convolutional_loss), optax.sgd(0.1), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fj.over_tasks(rewritten)(kernel, tasks)
