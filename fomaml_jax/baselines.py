@@ -16,8 +16,8 @@ from fomaml_jax.problems import Problem
 from fomaml_jax.tasks import Augmentation, TaskDistribution, as_float
 from fomaml_jax.types import Batch, MetaGradient, Params, Task
 
-JOINT_BATCH = 128
-"""Pictures in a batch of joint pre-training."""
+JOINT_BATCH, JOINT_BATCHES = 32, 4
+"""Pictures that are normalised together in joint pre-training, and how many such batches a step."""
 
 JOINT = "joint pre-training"
 
@@ -144,16 +144,16 @@ def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fi
     """Classification of all training classes; its head then makes way for the problem's."""
     assert problem.splits is not None
     classes = problem.splits.train
-    seen = chosen.train_ways * (chosen.inner_steps * chosen.shots + chosen.queries)
-    steps = max(1, chosen.steps * chosen.tasks_per_step * seen // JOINT_BATCH)
+    seen = chosen.training_ways * (chosen.inner_steps * chosen.shots + chosen.queries)
+    steps = max(1, chosen.steps * chosen.tasks_per_step * seen // (JOINT_BATCH * JOINT_BATCHES))
     trained = fit(
         fomaml(problems.cross_entropy(problems.predictor(chosen)), optax.identity(), 0),
         _batches(classes, problems.augmentation(chosen)),
         problems.initial_params(chosen, len(classes.images), classes),
         problems.outer_optimizer(chosen.rate, steps),
         steps=steps,
-        tasks_per_step=1,
-        tasks_at_once=1,
+        tasks_per_step=JOINT_BATCHES,
+        tasks_at_once=problem.tasks_at_once,
         name=JOINT,
     )
     return problems.without_head(trained)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 try:
+    import jax
     import tyro
     from tyro.conf import Positional
 
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with 2 for what is refused, 130 when interrupted.
     """
+    _use_every_core()
     command, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
@@ -72,12 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop(f"unknown command {command!r}; there are train and evaluate", REFUSED)
 
 
+def _use_every_core() -> None:
+    """One CPU device a core: a scan over small tasks keeps but one of them busy."""
+    with contextlib.suppress(RuntimeError):  # JAX has started, and keeps the devices it has
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
 def _train(words: list[str]) -> None:
     # Options without a name are the default data set's; a lone --help is about all of them.
     if words[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return
-    name, rest = (words[0], words[1:]) if words and words[0][0] != "-" else ("glyphs", words)
+    name, rest = (words[0], words[1:]) if words and words[0][:1] != "-" else ("glyphs", words)
     if name not in options.DATA_SETS:
         _stop(f"unknown data set {name!r}; there are {', '.join(options.DATA_SETS)}", REFUSED)
     chosen = _parse(options.DATA_SETS[name], f"fomaml-jax train {name}", rest)
@@ -151,10 +160,15 @@ def _parse(kind: Callable[..., T], program: str, words: list[str]) -> T:
 
 
 def _first_sentence(boxed: str) -> str:
-    """The text between the box's first line and the next rule."""
-    lines = [line.strip(" │") for line in boxed.splitlines()[1:]]
-    text = itertools.takewhile(lambda line: line[:1] not in ("─", "╰"), lines)
-    return re.sub(r" +", " ", " ".join(text)) or boxed.strip()
+    """The text below the box's title, up to the next rule, whatever the box is drawn with."""
+
+    def is_rule(line: str) -> bool:
+        return not line.strip("─-")
+
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
+    lines = [line.strip(" │╰╯") for line in plain.splitlines()[1:]]
+    text = itertools.takewhile(lambda x: not is_rule(x), itertools.dropwhile(is_rule, lines))
+    return " ".join(" ".join(text).split()) or " ".join(plain.split())
 
 
 @contextlib.contextmanager

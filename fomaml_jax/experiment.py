@@ -1,6 +1,7 @@
 """One run, from its options to a folder with parameters, metrics, pictures and result."""
 
 import collections
+import contextlib
 import dataclasses
 import platform
 import time
@@ -120,13 +121,14 @@ def _meta_train(chosen: options.Options, problem: Problem, folder: Path, keys: K
     )
     params, validations = problem.params, 0
     try:
-        for params, row in training:
-            due = row["step"] * VALIDATIONS // chosen.steps
-            if due > validations:
-                validations = due
-                row["validation"] = float(validate(params, keys.validation).mean[-1])
-                runs.save_parameters(folder, params)
-            runs.append_metrics(folder, row)
+        with contextlib.closing(training):  # and its progress bar, before anything else is said
+            for params, row in training:
+                due = row["step"] * VALIDATIONS // chosen.steps
+                if due > validations:
+                    validations = due
+                    row["validation"] = float(validate(params, keys.validation).mean[-1])
+                    runs.save_parameters(folder, params)
+                runs.append_metrics(folder, row)
     finally:
         runs.save_parameters(folder, params)
     return params

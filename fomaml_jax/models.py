@@ -107,6 +107,11 @@ class _Conv4(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        if self.pooling == "max" and min(x.shape[1:3]) < 16:
+            raise ValueError(
+                "pooling='max' halves pictures four times; pass pictures of at least 16 x 16, got "
+                f"{x.shape[1]} x {x.shape[2]}, or pooling='stride'"
+            )
         for block in range(4):
             x = nn.Conv(
                 self.width,

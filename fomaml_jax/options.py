@@ -9,6 +9,10 @@ from typing import Any, Literal
 from fomaml_jax import refusals
 
 
+MOST = 2**31 - 1
+"""The largest number, that of int32."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Options that every data set shares."""
@@ -60,23 +64,28 @@ class ImageOptions(Options):
     """Support examples a class."""
     queries: int = 5
     """Query examples a class; a query batch is normalised together (transductive)."""
-    train_ways: int = 20
-    """Classes in a training episode, at least --ways: harder tasks make better features, and the
-    head, which starts at zero in every task, fits any number of classes."""
-    steps: int = 1000
+    train_ways: int | None = None
+    """Classes in a training episode: harder tasks make better features, and the head, which starts
+    at zero in every task, fits any number of classes. 20, fewer with many shots, unless given."""
+    steps: int = 2000
     tasks_per_step: int = 4
     inner_steps: int = 3
     inner_rate: float = 0.1
     """Learning rate of adaptation, all layers but the head."""
     head_rate: float = 0.15
     """Learning rate of adaptation, the linear head, for each of the ways."""
-    rate: float = 5e-3
+    rate: float = 1e-2
     shift: int = 2
     """Training pictures are shifted at random by up to so many pixels."""
     width: int = 32
     """Channels of the four convolutions."""
     pooling: Literal["stride", "max"] = "stride"
     """How a block halves the picture."""
+
+    @property
+    def training_ways(self) -> int:
+        """Classes in a training episode."""
+        return self.train_ways or max(self.ways, min(20, 50 // self.shots))
 
     @property
     def setting(self) -> str:
@@ -88,10 +97,15 @@ class ImageOptions(Options):
 class Glyphs(ImageOptions):
     """Printed letters of scripts never seen in training: needs no download."""
 
+    steps: int = 1250
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Omniglot(ImageOptions):
     """Handwritten characters of 50 alphabets (Lake et al. 2015)."""
+
+    steps: int = 2500
+    inner_steps: int = 2
 
     path: Path | None = None
     """Folder of the two archives or of the extracted folders; else $FOMAML_JAX_DATA, the cache, a
@@ -157,6 +171,8 @@ def check(options: Options) -> None:
         option = "--" + field.name.replace("_", "-")
         if isinstance(value, int) and not isinstance(value, bool):
             refusals.check_at_least(option, value, least.get(field.name, 1))
+            if value > MOST:
+                raise ValueError(f"{option} must be at most {MOST}, got {value}")
         elif isinstance(value, float) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{option} must be a finite number above 0, got {value}")
 
@@ -180,7 +196,8 @@ def from_json(config: dict[str, Any]) -> Options:
     fields = {f.name for f in dataclasses.fields(kind)}
     if set(config) != fields:
         raise ValueError(
-            f"the configuration's options differ from this version's: {set(config) ^ fields}"
+            "the configuration's options differ from this version's: "
+            f"{', '.join(sorted(set(config) ^ fields))}"
         )
     paths: dict[str, Any] = {n: Path(config[n]) for n in ("path", "out") if config.get(n)}
     return kind(**(config | paths))

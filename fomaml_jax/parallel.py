@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fomaml_jax import refusals
 from fomaml_jax.convolutions import native_convolutions
@@ -19,6 +21,7 @@ def over_tasks(
     *,
     tasks_at_once: TasksAtOnce = "auto",
     on_nonfinite: Literal["skip", "propagate"] = "skip",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> MetaGradient:
     """Makes a per-task meta-gradient one for a meta-batch: the mean over its tasks.
 
@@ -39,13 +42,18 @@ def over_tasks(
         on_nonfinite: `"skip"` takes the mean over the tasks whose `TaskInfo.finite` is true (zero
             if there is none), so that one diverged task cannot poison a step; `TaskInfo.finite`
             says which were left out. `"propagate"` takes the mean over all.
+        mesh: shards the tasks over all axes of this mesh: each device runs its own, and one
+            all-reduce joins the gradients. Their number must be a multiple of the mesh's size. On
+            CPU set `jax.config.update("jax_num_cpu_devices", os.cpu_count())` first: a scan over
+            small tasks keeps but one core busy.
 
     Returns:
         A function `(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`.
 
     Raises:
         ValueError: for leaves that do not lead with the same number of tasks, no tasks,
-            `tasks_at_once` below 1, an unknown `on_nonfinite`.
+            `tasks_at_once` below 1, an unknown `on_nonfinite`, tasks that do not divide among the
+            devices of the mesh.
 
     Warns:
         UserWarning: on CPU, where the per-task function holds native convolutions, which are 10 to
@@ -64,24 +72,58 @@ def over_tasks(
         refusals.check_at_least("tasks_at_once", tasks_at_once, 1)
     refusals.check_choice("on_nonfinite", on_nonfinite, ("skip", "propagate"))
 
-    def mean_meta_gradient(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
-        num_tasks = refusals.check_task_axis(tasks)
-        _warn_of_native_convolutions(meta_gradient, params, tasks)
+    axes = () if mesh is None else mesh.axis_names
 
+    def mean_meta_gradient(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
         def add_chunk(total, chunk):
             grads, info = together(lambda task: meta_gradient(params, task), chunk)
             keep = jnp.ones_like(info.finite) if on_nonfinite == "propagate" else info.finite
-            return jax.tree.map(lambda t, g: t + _sum_kept(g, keep, t.dtype), total, grads), info
+            sums = jax.tree.map(lambda g: _sum_kept(g, keep), grads)
+            return jax.tree.map(jnp.add, total, (sums, keep.sum(dtype=jnp.float32))), info
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _accumulator(p.dtype)), params)
-        total, info = in_chunks(add_chunk, zeros, tasks, tasks_at_once)
-        num_kept = num_tasks if on_nonfinite == "propagate" else info.finite.sum()
-        share = 1 / jnp.maximum(num_kept, 1)
-        return jax.tree.map(
-            lambda t, p: (t * share.astype(t.dtype)).astype(p.dtype), total, params
-        ), info
+        start = (zeros, jnp.zeros((), jnp.float32))
+        total, info = in_chunks(add_chunk, start, tasks, tasks_at_once)
+        sums, num_kept = _sum_over_devices(total, axes)
+        count = jnp.maximum(num_kept, 1)
+        mean = jax.tree.map(lambda t, p: (t / count.astype(t.dtype)).astype(p.dtype), sums, params)
+        return mean, info
 
-    return mean_meta_gradient
+    def checked(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
+        num_tasks = refusals.check_task_axis(tasks)
+        _warn_of_native_convolutions(meta_gradient, params, tasks)
+        if mesh is None:
+            return mean_meta_gradient(params, tasks)
+        refusals.check_divides(num_tasks, mesh)
+        one, each = PartitionSpec(), PartitionSpec(axes)
+        if AxisType.Explicit in mesh.axis_types:  # in_specs would only assert: place the inputs
+            params = jax.sharding.reshard(params, NamedSharding(mesh, one))
+            tasks = jax.sharding.reshard(tasks, NamedSharding(mesh, each))
+        # With check_vma=True, jax.grad would take the replicated parameters for shared ones and sum
+        # every inner gradient over the devices, and a loss with a loop inside would not trace.
+        sharded = jax.shard_map(
+            mean_meta_gradient,
+            mesh=mesh,
+            in_specs=(one, each),
+            out_specs=(one, each),
+            check_vma=False,
+        )
+        return sharded(params, tasks)
+
+    return checked
+
+
+def _sum_over_devices(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Sums over the devices in one all-reduce a dtype."""
+    if not axes:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    for dtype in {leaf.dtype for leaf in leaves}:
+        places = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        flat, unflatten = ravel_pytree([leaves[i] for i in places])
+        for i, leaf in zip(places, unflatten(jax.lax.psum(flat, axes)), strict=True):
+            leaves[i] = leaf
+    return structure.unflatten(leaves)
 
 
 def in_chunks(
@@ -130,16 +172,16 @@ def _accumulator(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def _sum_kept(grads: jax.Array, keep: jax.Array, dtype: Any) -> jax.Array:
+def _sum_kept(grads: jax.Array, keep: jax.Array) -> jax.Array:
     """The sum over tasks, leaving out whole tasks, NaNs and all."""
     keep = keep.reshape(keep.shape + (1,) * (grads.ndim - 1))
-    return jnp.where(keep, grads, jnp.zeros_like(grads)).sum(0, dtype=dtype)
+    return jnp.where(keep, grads, jnp.zeros_like(grads)).sum(0, dtype=_accumulator(grads.dtype))
 
 
 def _warn_of_native_convolutions(meta_gradient: MetaGradient, params: Params, tasks: Any) -> None:
     if jax.default_backend() != "cpu":
         return
-    one_task = jax.tree.map(lambda x: x[0], tasks)
+    one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     if native_convolutions(jax.make_jaxpr(meta_gradient)(params, one_task)):
         warnings.warn(
             "this loss holds native convolutions, which are 10 to 20 times slower on CPU when "

@@ -46,7 +46,8 @@ def learning_curve(folder: Path, result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([r["tasks"] for r in rows], [r["loss"] for r in rows], color=INK, lw=1)
-    left.set(xlabel="training tasks seen", ylabel="query loss", yscale="log")
+    scale = "log" if any((r["loss"] or 0) > 0 for r in rows) else "linear"  # all were left out
+    left.set(xlabel="training tasks seen", ylabel="query loss", yscale=scale)
     right.plot(
         [r["tasks"] for r in validated],
         [r["validation"] for r in validated],

@@ -213,9 +213,9 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     turned = isinstance(chosen, options.Omniglot)
     if turned:
         splits = splits._replace(train=_turned_classes(splits.train))
-    train_ways = max(chosen.ways, min(chosen.train_ways, len(splits.train.images)))
+    train_ways = min(chosen.training_ways, len(splits.train.images))
     params = initial_params(chosen, train_ways, splits.train)
-    head = params["params"][HEAD]  # of zeros
+    head = params["params"][HEAD]
     predict = predictor(chosen)
     loss_fn = cross_entropy(predict)
 
@@ -223,7 +223,8 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         return inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
 
     def start(params: Params) -> Params:
-        return with_head(params, jax.tree.map(lambda x: x[..., : chosen.ways], head))
+        zeros = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], chosen.ways), x.dtype), head)
+        return with_head(params, zeros)
 
     def accuracy(params: Params, batch: Batch) -> jax.Array:
         x, y = batch

@@ -125,6 +125,17 @@ def check_task_axis(tasks: Any) -> int:
     return size[0]
 
 
+def check_divides(num_tasks: int, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a number of tasks that does not divide among the devices."""
+    if num_tasks % mesh.size:
+        below = num_tasks // mesh.size * mesh.size
+        fitting = f"{below} or {below + mesh.size}" if below else f"{mesh.size}"
+        raise ValueError(
+            f"tasks: {num_tasks} tasks do not divide among the {mesh.size} devices of the mesh; "
+            f"pass {fitting}"
+        )
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuses a string that is not among the choices."""
     if value not in choices:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -59,13 +60,22 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, indented, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(_without_nan(value), indent=2) + "\n")
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
     """Adds one JSON object, on a line of its own, to the metrics file."""
     with (folder / METRICS).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(_without_nan(row)) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null for the numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_parameters(folder: Path, params: Params) -> None:
@@ -84,7 +94,7 @@ def load_parameters(folder: Path, like: Params) -> Params:
     """
     path = folder / PARAMETERS
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             saved = dict(file)
     except Exception as error:
         raise ValueError(f"cannot read the parameters in {path}: {error}") from None

@@ -1,12 +1,13 @@
 """The outer loop: meta-steps compiled together, with progress and metrics at fixed intervals."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fomaml_jax.learner import MetaLearner, MetaState, meta_learner
 from fomaml_jax.parallel import TasksAtOnce, over_tasks
@@ -39,10 +40,11 @@ def meta_train(
     tasks_per_step: int,
     tasks_at_once: TasksAtOnce = "auto",
     name: str = "meta-training",
-) -> Iterator[tuple[Params, dict[str, Any]]]:
+) -> Generator[tuple[Params, dict[str, Any]], None, None]:
     """Trains on a task distribution under a progress bar.
 
-    Tasks are sampled inside the compiled step, one as it is needed, so memory does not grow with
+    The tasks are shared out among this process's devices, as many as divide `tasks_per_step`. They
+    are sampled inside the compiled step, one as it is needed, so memory does not grow with
     `tasks_per_step`. Task `i` of step `n` is a function of `(key, n, i)` alone.
 
     Args:
@@ -60,18 +62,19 @@ def meta_train(
         About a hundred times: the parameters, and a row of metrics on the steps since the last:
         `step`, `tasks`, `loss`, `grad_norm`, `left_out`. The caller may stop at any of them.
     """
-    learner = meta_learner(
-        over_tasks(
-            lambda params, key: meta_gradient(params, tasks(key)), tasks_at_once=tasks_at_once
-        ),
-        optimizer,
+    mesh = mesh_for(tasks_per_step)
+    sampled = over_tasks(
+        lambda params, key: meta_gradient(params, tasks(key)),
+        tasks_at_once=tasks_at_once,
+        mesh=mesh,
     )
+    learner = meta_learner(sampled, optimizer)
     report_every = max(1, min(steps // 100, 500))
     left_out = 0
     with _progress_bar(steps * tasks_per_step, name) as bar:
-        stretches = _stretches(
-            learner, learner.init(params), key, steps, tasks_per_step, report_every
-        )
+        # Placed as it will come back, so that the second call does not compile again.
+        state = jax.device_put(learner.init(params), NamedSharding(mesh, PartitionSpec()))
+        stretches = _stretches(learner, state, key, steps, tasks_per_step, report_every)
         for state, report in stretches:
             left_out += int(report.left_out)
             row = {"step": int(state.step), "tasks": int(state.step) * tasks_per_step}
@@ -81,6 +84,13 @@ def meta_train(
             bar.set_postfix_str(f"loss {row['loss']:.3f}{note}", refresh=False)
             bar.update(row["tasks"] - bar.n)
             yield state.params, row
+
+
+def mesh_for(num_tasks: int) -> Mesh:
+    """As many of this process's devices as divide the tasks evenly."""
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if num_tasks % n == 0)
+    return jax.make_mesh((count,), ("tasks",), (AxisType.Auto,), devices=devices[:count])
 
 
 def _stretches(

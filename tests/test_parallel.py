@@ -1,5 +1,6 @@
 """Many tasks: every plan gives the same numbers, and no task poisons the others."""
 
+import re
 import warnings
 
 import jax
@@ -87,13 +88,51 @@ def test_sums_of_low_precision_gradients_are_kept_in_float32():
     assert float(grads) == 1.0
 
 
-def test_memory_does_not_grow_with_the_tasks_that_run_in_turn():
+def test_memory_does_not_grow_with_the_number_of_sampled_tasks():
+    sample_task = fj.tasks.sinusoid(shots=5, queries=5)
+
     def temporary_bytes(num_tasks):
-        params, tasks = network_problem(num_tasks, width=128)
-        step = fj.over_tasks(FOMAML, tasks_at_once=2)
-        return jax.jit(step).lower(params, tasks).compile().memory_analysis().temp_size_in_bytes
+        params, _ = network_problem(1, width=128)
+        keys = fj.tasks.task_keys(jax.random.key(0), 0, num_tasks)
+        step = fj.over_tasks(lambda p, key: FOMAML(p, sample_task(key)), tasks_at_once=2)
+        return jax.jit(step).lower(params, keys).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(64) <= 1.05 * temporary_bytes(8)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("tasks_at_once", [1, 3, None])
+def test_sharded_equals_unsharded(tasks_at_once):
+    params, tasks = network_problem(10)
+    mesh = jax.make_mesh((2,), ("tasks",))
+    grads, info = jax.jit(fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once, mesh=mesh))(
+        params, tasks
+    )
+    expected, reference = fj.over_tasks(FOMAML)(params, tasks)
+    assert_close(grads, expected)
+    assert_close(info, reference)
+
+
+@pytest.mark.usefixtures("float64")
+def test_sharded_leaves_out_the_same_tasks():
+    """The mean is over all finite tasks, not the mean of the devices' means."""
+    params, tasks = network_problem(6)
+    broken = jax.tree.map(lambda x: x.at[jnp.array([0, 1])].set(jnp.nan), tasks)
+    mesh = jax.make_mesh((2,), ("tasks",))
+    grads, info = fj.over_tasks(FOMAML, mesh=mesh)(params, broken)
+    expected, _ = fj.over_tasks(FOMAML)(params, jax.tree.map(lambda x: x[2:], tasks))
+    assert_close(grads, expected)
+    assert info.finite.tolist() == [False, False, True, True, True, True]
+
+
+def test_one_all_reduce_and_nothing_else_is_sent():
+    params, tasks = network_problem(4)
+    mesh = jax.make_mesh((2,), ("tasks",))
+    step = jax.jit(fj.over_tasks(FOMAML, mesh=mesh))
+    placed = jax.device_put(tasks, jax.NamedSharding(mesh, jax.P("tasks")))
+    text = step.lower(params, placed).compile().as_text()
+    assert text.count(" all-reduce(") == 1
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
 
 
 def convolutional_loss(kernel, batch):

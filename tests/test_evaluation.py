@@ -1,0 +1,77 @@
+"""Evaluation: the interval means what it says, and plans do not change the tasks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import assert_close
+
+import fomaml_jax as fj
+
+
+def normal_task(key):
+    """A task whose support is one standard normal number."""
+    number = jax.random.normal(key, (1,))
+    return fj.Task(number, number)
+
+
+def evaluate(key=0, **kwargs):
+    return fj.evaluate(
+        lambda params, support: support[0] + params,
+        lambda adapted, query: {"sum": adapted, "right": adapted > 0},
+        3.0,
+        normal_task,
+        jax.random.key(key),
+        **kwargs,
+    )
+
+
+def test_mean_and_interval_of_every_metric():
+    report = evaluate(num_tasks=50)
+    sums = np.asarray(report.per_task["sum"])
+    assert sums.shape == (50,)
+    np.testing.assert_allclose(report.mean["sum"], sums.mean(), rtol=1e-6)
+    expected = 1.96 * sums.std(ddof=1) / np.sqrt(50)
+    np.testing.assert_allclose(report.ci95["sum"], expected, rtol=1e-5)
+    np.testing.assert_allclose(report.mean["right"], (sums > 0).mean(), rtol=1e-6)
+    assert report.num_tasks == 50
+
+
+def test_the_interval_covers_the_truth_at_the_nominal_rate():
+    reports = jax.vmap(lambda seed: evaluate(seed, num_tasks=60, tasks_at_once=None))(
+        jnp.arange(2000)
+    )
+    covered = jnp.abs(reports.mean["sum"] - 3.0) <= reports.ci95["sum"]
+    assert 0.93 < covered.mean() < 0.965
+
+
+@pytest.mark.parametrize("tasks_at_once", [1, 4, 7, None, "auto"])
+def test_every_plan_sees_the_same_tasks(tasks_at_once):
+    expected = jax.vmap(lambda i: normal_task(jax.random.fold_in(jax.random.key(0), i)))
+    report = evaluate(num_tasks=20, tasks_at_once=tasks_at_once)
+    assert_close(report.per_task["sum"], expected(jnp.arange(20)).support[:, 0] + 3, 1e-6)
+
+
+def test_a_longer_evaluation_begins_with_the_shorter_one():
+    short, long = evaluate(num_tasks=10), evaluate(num_tasks=30)
+    assert_close(short.per_task["sum"], long.per_task["sum"][:10], 1e-6)
+
+
+def test_a_task_that_is_not_finite_shows():
+    report = fj.evaluate(
+        lambda params, support: support[0],
+        lambda adapted, query: jnp.where(adapted > 2, jnp.nan, adapted),
+        (),
+        normal_task,
+        jax.random.key(0),
+        num_tasks=200,
+    )
+    assert jnp.isnan(report.mean)
+    assert 0 < jnp.isnan(report.per_task).sum() < 50
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="num_tasks must be an integer of at least 2, got 1"):
+        evaluate(num_tasks=1)
+    with pytest.raises(ValueError, match=r"must return scalars, got an array of shape \(1,\)"):
+        fj.evaluate(lambda p, s: s, lambda a, q: a, (), normal_task, jax.random.key(0))

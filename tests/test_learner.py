@@ -1,0 +1,86 @@
+"""The outer step."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_close, network, network_problem, one
+
+import fomaml_jax as fj
+
+META_GRADIENT = fj.over_tasks(fj.fomaml(network, optax.sgd(0.1), 2))
+
+
+def test_is_the_optimizers_step_on_the_mean_meta_gradient():
+    params, tasks = network_problem(4)
+    learner = fj.meta_learner(META_GRADIENT, optax.sgd(0.5, momentum=0.9))
+    state = learner.init(params)
+    expected, trace = params, jax.tree.map(jnp.zeros_like, params)
+    for _ in range(3):
+        grads, _ = META_GRADIENT(expected, tasks)
+        trace = jax.tree.map(lambda t, g: 0.9 * t + g, trace, grads)
+        expected = jax.tree.map(lambda p, t: p - 0.5 * t, expected, trace)
+        state, info = learner.step(state, tasks)
+    assert_close(state.params, expected, 1e-5)
+    assert int(state.step) == 3
+    assert_close(info.grad_norm, optax.tree.norm(grads), 1e-5)
+    assert_close(info.loss, info.tasks.query_loss.mean(), 1e-6)
+
+
+def test_compiles_once_and_scans():
+    params, tasks = network_problem(4)
+    learner = fj.meta_learner(META_GRADIENT, optax.sgd(0.1))
+    step = jax.jit(chex.assert_max_traces(learner.step, 1))
+    state = learner.init(params)
+    for _ in range(4):
+        state, _ = step(state, tasks)
+    scanned, infos = jax.lax.scan(
+        lambda s, _: learner.step(s, tasks), learner.init(params), length=4
+    )
+    assert_close(state.params, scanned.params, 1e-5)
+    assert infos.tasks.support_losses.shape == (4, 4, 2)
+
+
+def test_a_population_of_learners_by_vmap():
+    params, tasks = network_problem(4)
+
+    def trained(rate):
+        learner = fj.meta_learner(META_GRADIENT, optax.sgd(rate))
+        return learner.step(learner.init(params), tasks)[0].params
+
+    rates = jnp.array([0.1, 0.5])
+    population = jax.vmap(trained)(rates)
+    for i, rate in enumerate(rates):
+        assert_close(one(population, i), trained(rate), 1e-5)
+
+
+def test_reports_the_loss_of_finite_tasks_and_how_many():
+    params, tasks = network_problem(4)
+    learner = fj.meta_learner(META_GRADIENT, optax.sgd(0.1))
+    broken = jax.tree.map(lambda x: x.at[2].set(jnp.nan), tasks)
+    state, info = learner.step(learner.init(params), broken)
+    assert int(info.num_finite) == 3
+    healthy = np.delete(np.asarray(info.tasks.query_loss), 2)
+    np.testing.assert_allclose(info.loss, healthy.mean(), rtol=1e-6)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.params))
+
+
+def test_a_meta_gradient_of_one_task_is_refused():
+    params, tasks = network_problem(4)
+    learner = fj.meta_learner(fj.fomaml(network, optax.sgd(0.1), 1), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"wrap it: over_tasks\(meta_gradient\)"):
+        learner.step(learner.init(params), one(tasks))
+
+
+def test_learns_what_a_quadratic_has_to_teach():
+    """The optimum of FOMAML on quadratics with equal support and query is the mean of centres."""
+    centres = jnp.array([[0.0, 1.0], [2.0, 3.0], [4.0, -1.0]])
+    loss = lambda theta, centre: 0.5 * jnp.sum((theta - centre) ** 2)
+    learner = fj.meta_learner(fj.over_tasks(fj.fomaml(loss, optax.sgd(0.3), 2)), optax.sgd(1.0))
+    tasks = fj.Task(centres, centres)
+    state, _ = jax.lax.scan(
+        lambda s, _: learner.step(s, tasks), learner.init(jnp.zeros(2)), length=40
+    )
+    assert_close(state.params, centres.mean(0), 1e-5)

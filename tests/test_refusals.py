@@ -1,0 +1,191 @@
+"""Bad input is refused at the border, by a message that names it and says what to pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import network, network_problem, one
+
+import fomaml_jax as fj
+
+PARAMS, TASKS = network_problem(3)
+TASK = one(TASKS)
+SGD = optax.sgd(0.1)
+INTEGERS = jax.tree.map(lambda x: x.astype(jnp.int32), PARAMS)
+
+
+def adapt(loss=network, params=PARAMS, support=TASK.support, optimizer=SGD, steps=1, **kwargs):
+    return fj.adapt(loss, params, support, optimizer, steps, **kwargs)
+
+
+def fomaml(loss=network, optimizer=SGD, steps=1, params=PARAMS, task=TASK, **kwargs):
+    return fj.fomaml(loss, optimizer, steps, **kwargs)(params, task)
+
+
+def over_tasks(tasks, **kwargs):
+    return fj.over_tasks(fj.fomaml(network, SGD, 1), **kwargs)(PARAMS, tasks)
+
+
+def cut(tree, size):
+    return jax.tree.map(lambda x: x[:size], tree)
+
+
+REFUSED = {
+    "negative steps": (lambda: adapt(steps=-1), ValueError, "num_steps .* at least 0, got -1"),
+    "half a step": (lambda: adapt(steps=0.5), TypeError, r"num_steps must be an integer, got 0\.5"),
+    "steps that are a bool": (lambda: adapt(steps=True), ValueError, "num_steps .* got True"),
+    "steps when made": (lambda: fj.fomaml(network, SGD, -2), ValueError, "num_steps .* got -2"),
+    "traced steps of maml": (
+        lambda: jax.jit(lambda k: fj.maml(network, SGD, k)(PARAMS, TASK))(2),
+        TypeError,
+        "num_steps must be a Python int",
+    ),
+    "a rate for an optimizer": (
+        lambda: adapt(optimizer=0.1),
+        TypeError,
+        r"pass optax\.sgd\(rate\)",
+    ),
+    "no outer optimizer": (
+        lambda: fj.meta_learner(fj.over_tasks(fj.fomaml(network, SGD, 1)), None),
+        TypeError,
+        "optimizer must be an optax.GradientTransformation, got None",
+    ),
+    "a rate of nan": (lambda: adapt(optimizer=optax.sgd(np.nan)), ValueError, "pass finite rates"),
+    "a rate of infinity": (
+        lambda: adapt(optimizer=optax.sgd(jnp.inf)),
+        ValueError,
+        "pass finite rates",
+    ),
+    "a rate of nan in a chain": (
+        lambda: fomaml(optimizer=optax.chain(optax.clip(1.0), optax.sgd(np.nan, momentum=0.9))),
+        ValueError,
+        "not finite",
+    ),
+    "a decay of nan": (
+        lambda: fomaml(optimizer=optax.chain(optax.add_decayed_weights(np.nan), SGD)),
+        ValueError,
+        "not finite",
+    ),
+    "integer parameters": (lambda: adapt(params=INTEGERS), TypeError, r"params\['b1'\] .* int32"),
+    "a function among parameters": (
+        lambda: adapt(params={"w": PARAMS["w1"], "activation": jnp.tanh}),
+        TypeError,
+        r"params\['activation'\] .* not an array; split the model",
+    ),
+    "no parameters": (lambda: adapt(params={}), ValueError, "params holds no arrays"),
+    "an empty support": (
+        lambda: adapt(support=cut(TASK.support, 0)),
+        ValueError,
+        r"support\[0\] is empty \(shape \(0, 1\)\)",
+    ),
+    "an empty query": (
+        lambda: fomaml(task=fj.Task(TASK.support, cut(TASK.query, 0))),
+        ValueError,
+        r"query\[0\] is empty",
+    ),
+    "no support": (lambda: adapt(support=()), ValueError, "support holds no arrays"),
+    "a batch for a task": (
+        lambda: fomaml(task=TASK.support),
+        TypeError,
+        r"task must be a fomaml_jax\.Task\(support, query\), got a tuple",
+    ),
+    "a vector for a loss": (
+        lambda: fomaml(loss=lambda p, b: jnp.ones(3)),
+        ValueError,
+        r"must return a real scalar, got an array of shape \(3,\)",
+    ),
+    "an integer for a loss": (
+        lambda: fomaml(loss=lambda p, b: jnp.zeros((), jnp.int32)),
+        ValueError,
+        "must return a real scalar",
+    ),
+    "a pair without has_aux": (
+        lambda: fomaml(loss=lambda p, b: (network(p, b), {})),
+        TypeError,
+        "returned a tuple of 2 with has_aux=False",
+    ),
+    "no pair with has_aux": (
+        lambda: fomaml(has_aux=True),
+        TypeError,
+        "with has_aux=True",
+    ),
+    "a number for a loss function": (
+        lambda: fomaml(loss=3),
+        TypeError,
+        "loss_fn must be a function",
+    ),
+    "task axes that differ": (
+        lambda: over_tasks(fj.Task(TASKS.support, cut(TASKS.query, 2))),
+        ValueError,
+        r"tasks\.query\[0\] leads with 2 tasks but tasks\.support\[0\] with 3",
+    ),
+    "no tasks": (lambda: over_tasks(cut(TASKS, 0)), ValueError, "has 0 tasks; pass at least one"),
+    "tasks without arrays": (lambda: over_tasks(()), ValueError, "tasks holds no arrays"),
+    "a scalar among tasks": (
+        lambda: over_tasks((TASKS, jnp.zeros(()))),
+        ValueError,
+        "is a scalar; every leaf must lead with the task axis",
+    ),
+    "tasks_at_once of 0": (
+        lambda: over_tasks(TASKS, tasks_at_once=0),
+        ValueError,
+        "tasks_at_once must be an integer of at least 1, got 0",
+    ),
+    "tasks_at_once of most": (
+        lambda: over_tasks(TASKS, tasks_at_once="most"),
+        ValueError,
+        "tasks_at_once must be an integer of at least 1, got 'most'",
+    ),
+    "an unknown on_nonfinite": (
+        lambda: over_tasks(TASKS, on_nonfinite="ignore"),
+        ValueError,
+        "on_nonfinite must be one of 'skip', 'propagate', got 'ignore'",
+    ),
+    "tasks that do not divide": (
+        lambda: over_tasks(TASKS, mesh=jax.make_mesh((2,), ("t",))),
+        ValueError,
+        "3 tasks do not divide among the 2 devices of the mesh; pass 2 or 4",
+    ),
+    "too many ways": (
+        lambda: fj.tasks.episodes(np.zeros((4, 5, 2)), ways=5, shots=1, queries=1),
+        ValueError,
+        "ways=5 is more than the 4 classes there are",
+    ),
+    "an unknown pooling": (
+        lambda: fj.models.conv4(5, pooling="mean"),
+        ValueError,
+        "pooling must be one of 'stride', 'max', got 'mean'",
+    ),
+    "a network without outputs": (
+        lambda: fj.models.mlp(outputs=0),
+        ValueError,
+        "must be an integer of at least 1, got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(call, error, message):
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_refusals_come_before_tracing_the_loss(jit):
+    def never(params, batch):
+        raise AssertionError("the loss was traced")
+
+    run = fj.fomaml(never, SGD, 1)
+    with pytest.raises(TypeError, match="int32"):
+        (jax.jit(run) if jit else run)(INTEGERS, TASK)
+
+
+def test_a_rate_that_is_traced_is_left_to_run_time():
+    grads, _ = jax.jit(lambda rate: fomaml(optimizer=optax.sgd(rate)))(0.1)
+    assert jnp.isfinite(grads["w1"]).all()
+
+
+def test_clipping_by_infinity_is_no_infinite_rate():
+    fomaml(optimizer=optax.chain(optax.clip(np.inf), SGD))

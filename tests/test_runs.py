@@ -1,0 +1,299 @@
+"""A run's folder and its options: what is written comes back, and damage is refused in one line."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fomaml_jax import options, runs
+
+PARAMS = {
+    "params": {
+        "conv0": {"kernel": np.arange(6, dtype=np.float32).reshape(1, 2, 3)},
+        "norms": [np.float16([0.5, -2]), (np.float32(3), np.zeros((0, 4), np.float32))],
+    },
+    "head": {"a/b": np.array([1, 2], np.int32), "it's [0]": np.array(True)},
+}
+
+
+
+# Parameters.
+
+
+def test_parameters_come_back_in_their_structure_values_and_dtypes(tmp_path):
+    runs.save_parameters(tmp_path, PARAMS)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    loaded = runs.load_parameters(tmp_path, like)
+    assert jax.tree.structure(loaded) == jax.tree.structure(PARAMS)
+    for back, saved in zip(jax.tree.leaves(loaded), jax.tree.leaves(PARAMS), strict=True):
+        assert isinstance(back, jax.Array)
+        np.testing.assert_array_equal(back, saved, strict=True)
+
+
+def test_parameters_are_saved_over_older_ones(tmp_path):
+    for value in (1.0, 2.0):
+        runs.save_parameters(tmp_path, {"w": jnp.full(3, value)})
+    loaded = runs.load_parameters(tmp_path, {"w": jnp.zeros(3)})
+    assert loaded["w"].tolist() == [2, 2, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["parameters.npz"]
+
+
+def test_parameters_can_be_read_with_numpy_alone(tmp_path):
+    runs.save_parameters(tmp_path, {"params": {"head": jnp.ones(2)}})
+    with np.load(tmp_path / "parameters.npz") as file:
+        assert {name: file[name].tolist() for name in file} == {"['params']['head']": [1, 1]}
+
+
+MISFITS = {
+    "another shape": (
+        {"w": jnp.zeros(3)},
+        "does not fit its configuration: ['w'] should be float32[3], found float32[2]",
+    ),
+    "another dtype": (
+        {"w": jnp.zeros(2, jnp.float16)},
+        "does not fit its configuration: ['w'] should be float16[2], found float32[2]",
+    ),
+    "one too few": (
+        {"w": jnp.zeros(2), "b": jnp.zeros(())},
+        "does not fit its configuration: ['b'] should be float32[], found nothing",
+    ),
+    "one too many": ({}, "does not fit its configuration: unexpected [\"['w']\"]"),
+}
+
+
+@pytest.mark.parametrize(("like", "message"), MISFITS.values(), ids=MISFITS)
+def test_parameters_that_do_not_fit_are_refused(tmp_path, like, message):
+    runs.save_parameters(tmp_path, {"w": jnp.zeros(2)})
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'parameters.npz'} {message}")):
+        runs.load_parameters(tmp_path, like)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut short": cut,
+    "a flipped byte": flip,
+    "not an archive": lambda path: path.write_text("parameters"),
+    "pickled objects": lambda path: np.savez(path, w=np.array([{}], object)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_parameters_are_refused(tmp_path, damage):
+    params = {"w": jnp.arange(1000.0)}
+    runs.save_parameters(tmp_path, params)
+    path = tmp_path / "parameters.npz"
+    damage(path)
+    with pytest.raises(ValueError, match=f"^cannot read the parameters in {path}: "):
+        runs.load_parameters(tmp_path, params)
+
+
+def test_bfloat16_which_numpy_cannot_hold_is_refused_rather_than_misread(tmp_path):
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
+    runs.save_parameters(tmp_path, params)
+    with pytest.raises(ValueError, match=r"should be bfloat16\[2\], found \|V2\[2\]"):
+        runs.load_parameters(tmp_path, params)
+
+
+# Whole or not at all.
+
+
+def test_replacing_puts_the_new_file_in_the_place_of_the_old(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with runs.replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.suffix == path.suffix
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_replacing_leaves_the_old_file_and_nothing_else_when_the_block_raises(tmp_path, error):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(error), runs.replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# JSON.
+
+
+def test_metrics_are_one_object_a_line(tmp_path):
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "validation": 0.9}]
+    for row in rows:
+        runs.append_metrics(tmp_path, row)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_numbers_that_json_has_no_word_for_become_null(tmp_path):
+    value = {"mean": float("nan"), "steps": [{"mean": float("-inf")}, {"mean": 1.0}], "n": 3}
+    plain = {"mean": None, "steps": [{"mean": None}, {"mean": 1.0}], "n": 3}
+    runs.write_json(tmp_path / "result.json", value)
+    runs.append_metrics(tmp_path, value)
+    assert json.loads((tmp_path / "result.json").read_text()) == plain
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == plain
+
+
+BROKEN = {
+    "no JSON": ("{", "is not JSON: Expecting property name"),
+    "no text": (b"\xff\xfe", "is not JSON: 'utf-8' codec can't decode"),
+    "no object": ("[1]", "is not a run's configuration: expected an object"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_configuration_is_refused(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {message}"):
+        runs.read_config(tmp_path)
+
+
+def test_a_folder_without_configuration_is_not_a_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=f"^{folder} is not a run: it has no config.json$"):
+            runs.read_config(folder)
+
+
+# The folder of a new run.
+
+
+def test_a_new_run_goes_to_a_new_or_an_empty_folder(tmp_path):
+    deep = tmp_path / "a" / "b"
+    for folder in (deep, deep, tmp_path / "c"):
+        runs.check_new(folder)
+        runs.create(folder)
+        assert folder.is_dir()
+        assert not list(folder.iterdir())
+
+
+def test_a_folder_with_something_in_it_and_a_file_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file; pass --out with a folder, new or empty"):
+        runs.check_new(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"is not empty; pass --out with a folder, new or empty"):
+        runs.check_new(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^cannot write a run to .*file/run: Not a directory$"):
+        runs.create(tmp_path / "file" / "run")
+
+
+# Options.
+
+SHARED = {
+    "steps": 7,
+    "tasks_per_step": 3,
+    "inner_steps": 8,
+    "eval_steps": 9,
+    "inner_rate": 0.25,
+    "rate": 1e-4,
+    "shots": 4,
+    "queries": 6,
+    "eval_tasks": 50,
+    "seed": 11,
+    "out": Path("a run"),
+}
+IMAGES = {
+    "ways": 3,
+    "train_ways": 4,
+    "head_rate": 0.5,
+    "shift": 1,
+    "width": 8,
+    "pooling": "max",
+    "compare": False,
+}
+OTHER_THAN_DEFAULT = {
+    "glyphs": options.Glyphs(**SHARED, **IMAGES),
+    "omniglot": options.Omniglot(**SHARED, **IMAGES, path=Path("data"), split="background"),
+    "folder": options.Folder(**SHARED, **IMAGES, path=Path("/data"), size=16, channels=1),
+    "sinusoid": options.Sinusoid(**SHARED, compare=True, inner_clip=2.5),
+}
+DEFAULT = {
+    "glyphs": options.Glyphs(),
+    "omniglot": options.Omniglot(),
+    "folder": options.Folder(path=Path("here")),
+    "sinusoid": options.Sinusoid(),
+}
+
+
+@pytest.mark.parametrize("name", options.DATA_SETS)
+def test_options_come_back_from_json(name):
+    default, other = DEFAULT[name], OTHER_THAN_DEFAULT[name]
+    for field in dataclasses.fields(default):
+        assert getattr(default, field.name) != getattr(other, field.name), field.name
+    for chosen in (default, other):
+        config = json.loads(json.dumps(options.to_json(chosen)))
+        assert config["dataset"] == name == options.name_of(chosen)
+        assert options.from_json(config) == chosen
+
+
+CONFIG = options.to_json(options.Sinusoid())
+UNREADABLE = {
+    "no data set": ({}, "names none of the data sets glyphs, omniglot, sinusoid, folder"),
+    "an unknown data set": ({"dataset": "mnist"}, "names none of the data sets"),
+    "options of another version": (
+        {name: value for name, value in CONFIG.items() if name != "rate"} | {"zeal": 1},
+        "the configuration's options differ from this version's: rate, zeal",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_configuration_of_something_else_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        options.from_json(config)
+
+
+IMPOSSIBLE = {
+    "ways": (0, "--ways must be an integer of at least 1, got 0"),
+    "shots": (-1, "--shots must be an integer of at least 1, got -1"),
+    "queries": (0, "--queries must be an integer of at least 1, got 0"),
+    "steps": (0, "--steps must be an integer of at least 1, got 0"),
+    "tasks_per_step": (0, "--tasks-per-step must be an integer of at least 1, got 0"),
+    "inner_steps": (-1, "--inner-steps must be an integer of at least 0, got -1"),
+    "eval_steps": (0, "--eval-steps must be an integer of at least 1, got 0"),
+    "eval_tasks": (1, "--eval-tasks must be an integer of at least 2, got 1"),
+    "seed": (2**31, "--seed must be at most 2147483647, got 2147483648"),
+    "shift": (-1, "--shift must be an integer of at least 0, got -1"),
+    "width": (0, "--width must be an integer of at least 1, got 0"),
+    "rate": (0.0, "--rate must be a finite number above 0, got 0.0"),
+    "inner_rate": (float("nan"), "--inner-rate must be a finite number above 0, got nan"),
+    "head_rate": (float("inf"), "--head-rate must be a finite number above 0, got inf"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_numbers_are_refused(name):
+    value, message = IMPOSSIBLE[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        options.check(options.Glyphs(**{name: value}))
+
+
+@pytest.mark.parametrize("chosen", [*DEFAULT.values(), *OTHER_THAN_DEFAULT.values()])
+def test_possible_numbers_are_not(chosen):
+    options.check(chosen)
+    options.check(dataclasses.replace(chosen, inner_steps=0, seed=0, eval_tasks=2))

@@ -1,0 +1,177 @@
+"""Task distributions: what is drawn, how often, and that nothing leaks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fomaml_jax as fj
+
+CLASSES, EXAMPLES = 7, 6
+# Every pixel of an example holds its number, so that an episode says what it was made of.
+NUMBERED = np.arange(CLASSES * EXAMPLES, dtype=np.float32).reshape(CLASSES, EXAMPLES, 1, 1, 1)
+
+
+def draw(seeds=400, **kwargs):
+    options = {"ways": 3, "shots": 2, "queries": 3} | kwargs
+    sample_task = fj.tasks.episodes(NUMBERED, **options)
+    keys = jax.random.split(jax.random.key(0), seeds)
+    return jax.device_get(jax.jit(jax.vmap(sample_task))(keys))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    ways=st.integers(1, CLASSES),
+    shots=st.integers(1, 3),
+    queries=st.integers(1, 3),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_an_episode_is_what_was_asked_for(ways, shots, queries, seed):
+    sample_task = fj.tasks.episodes(NUMBERED, ways=ways, shots=shots, queries=queries)
+    (x, y), (qx, qy) = sample_task(jax.random.key(seed))
+    x, qx = (np.asarray(a).reshape(-1).astype(int) for a in (x, qx))
+    assert np.bincount(y, minlength=ways).tolist() == [shots] * ways
+    assert np.bincount(qy, minlength=ways).tolist() == [queries] * ways
+    assert len(set(x) | set(qx)) == ways * (shots + queries)  # nothing drawn twice
+    class_of = {}
+    for number, label in [*zip(x, y, strict=True), *zip(qx, qy, strict=True)]:
+        assert class_of.setdefault(int(label), number // EXAMPLES) == number // EXAMPLES
+    assert len(set(class_of.values())) == ways
+
+
+def test_every_class_gets_every_label_equally_often():
+    task = draw(seeds=3000)
+    counts = np.zeros((CLASSES, 3))
+    np.add.at(
+        counts, (task.support[0].reshape(-1).astype(int) // EXAMPLES, task.support[1].flat), 1
+    )
+    expected = counts.sum() / counts.size
+    assert np.abs(counts / expected - 1).max() < 0.15
+
+
+def test_every_example_serves_as_support_and_query_equally_often():
+    task = draw(seeds=3000)
+    for x, _ in task:
+        counts = np.bincount(x.reshape(-1).astype(int), minlength=NUMBERED.size)
+        assert np.abs(counts / counts.mean() - 1).max() < 0.2
+
+
+def test_the_order_of_examples_says_nothing_of_their_labels():
+    for _, y in draw(seeds=3000):
+        assert np.abs(y.mean(0) - 1).max() < 0.1  # labels 0, 1, 2 in every place
+
+
+def test_the_same_key_gives_the_same_task():
+    sample_task = fj.tasks.episodes(NUMBERED, ways=3, shots=2, queries=3)
+    first, again = sample_task(jax.random.key(5)), jax.jit(sample_task)(jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_padding_is_never_drawn():
+    counts = np.array([5, 6, 5, 6, 5, 6, 5])
+    task = draw(counts=counts)
+    for x, _ in task:
+        numbers = x.reshape(-1).astype(int)
+        assert (numbers % EXAMPLES < counts[numbers // EXAMPLES]).all()
+
+
+def test_rotations_are_per_class_and_all_four_occur():
+    corner = np.zeros((CLASSES, EXAMPLES, 2, 2, 1), np.uint8)
+    corner[:, :, 0, 0] = 255
+    sample_task = fj.tasks.episodes(corner, ways=3, shots=2, queries=3, rotations=True)
+    seen = set()
+    for seed in range(20):
+        places = {}
+        for x, y in sample_task(jax.random.key(seed)):
+            assert x.dtype == jnp.float32
+            for image, label in zip(x, y, strict=True):
+                place = int(image.reshape(-1).argmax())
+                assert places.setdefault(int(label), place) == place
+        seen |= set(places.values())
+    assert seen == {0, 1, 2, 3}
+
+
+def test_rotated_classes_are_turned_alike():
+    images = np.arange(2 * 3 * 4).reshape(2, 3, 2, 2)
+    turned = fj.tasks.rotated_classes(images)
+    for turns in range(4):
+        for c in range(2):
+            for e in range(3):
+                expected = np.rot90(images[c, e], turns)
+                np.testing.assert_array_equal(turned[turns * 2 + c, e], expected)
+
+
+def test_augmentation_is_drawn_for_every_example():
+    noise = lambda key, image: jax.random.normal(key, image.shape)
+    sample_task = fj.tasks.episodes(NUMBERED, ways=3, shots=2, queries=3, augment=noise)
+    task = sample_task(jax.random.key(0))
+    drawn = [float(v) for x, _ in task for v in x.reshape(-1)]
+    assert len(set(drawn)) == 15
+
+
+def test_random_shift_moves_and_never_wraps():
+    image = jnp.zeros((5, 5, 1)).at[0, 0].set(1.0)
+    shifted = jax.vmap(lambda k: fj.tasks.random_shift(1)(k, image))(
+        jax.random.split(jax.random.key(0), 200)
+    )[..., 0]
+    places = {tuple(np.argwhere(s)[0]) for s in np.asarray(shifted) if s.any()}
+    assert places == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert (np.asarray(shifted).sum((1, 2)) == 0).any()  # moved out, not round
+
+
+def test_sinusoid_draws_from_its_ranges():
+    sample_task = fj.tasks.sinusoid(shots=5, queries=7)
+    tasks = jax.vmap(sample_task)(jax.random.split(jax.random.key(0), 5000))
+    (x, y), (qx, qy) = jax.device_get(tasks)
+    assert x.shape == (5000, 5, 1)
+    assert qy.shape == (5000, 7, 1)
+    assert x.min() >= -5
+    assert x.max() <= 5
+    # a sin(x - b) = (a cos b) sin x - (a sin b) cos x: fit each task and read off a and b.
+    for task in range(0, 5000, 50):
+        basis = np.concatenate([np.sin(qx[task]), -np.cos(qx[task])], 1)
+        (c, s), *_ = np.linalg.lstsq(basis, qy[task, :, 0], rcond=None)
+        np.testing.assert_allclose(c * np.sin(x[task]) - s * np.cos(x[task]), y[task], atol=1e-3)
+        assert 0.1 - 1e-3 <= np.hypot(c, s) <= 5 + 1e-3
+        assert -1e-3 <= np.arctan2(s, c) <= np.pi + 1e-3
+
+
+def test_task_keys_depend_on_seed_step_and_place_alone():
+    keys = lambda step, n: jax.random.key_data(fj.tasks.task_keys(jax.random.key(0), step, n))
+    np.testing.assert_array_equal(keys(3, 10)[:4], keys(3, 4))
+    assert len(np.unique(np.concatenate([keys(s, 50) for s in range(20)]), axis=0)) == 1000
+
+
+IMAGES = np.zeros((5, 4, 2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ways": 6}, "ways=6 is more than the 5 classes there are"),
+        ({"ways": 0}, "ways must be an integer of at least 1, got 0"),
+        ({"shots": 2.5}, "shots must be an integer of at least 1, got 2.5"),
+        ({"shots": 3, "queries": 2}, "shots=3 plus queries=2 is more than the 4 examples"),
+        ({"counts": np.array([4, 4, 4, 4, 1])}, "more than the 1 examples of the smallest class"),
+        ({"counts": np.array([4, 4])}, r"counts must be \[5\], got shape \(2,\)"),
+        ({"rotations": True}, "rotations need square pictures"),
+    ],
+)
+def test_impossible_episodes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fj.tasks.episodes(IMAGES, **({"ways": 2, "shots": 1, "queries": 1} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shots": 0}, "shots must be an integer of at least 1, got 0"),
+        ({"amplitude": (5.0, 0.1)}, "amplitude must be a range"),
+        ({"phase": (0.0, np.inf)}, "phase must be a range"),
+    ],
+)
+def test_impossible_sinusoids_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fj.tasks.sinusoid(**options)
