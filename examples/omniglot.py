@@ -22,7 +22,9 @@ def build(ways):
     params = net.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
 
     # One call makes an unchanged network fast under vmap and in loops: see matmul_convolutions.
-    predict = fj.matmul_convolutions(net.apply)
+    @fj.matmul_convolutions
+    def predict(params, images) -> jax.Array:
+        return jnp.asarray(net.apply(params, images))
 
     def loss_fn(params, batch):
         images, labels = batch
@@ -59,7 +61,7 @@ def train(params, loss_fn, sample_task, inner, *, steps, tasks_per_step, num_ste
 
 def main():
     """Trains on the Vinyals training characters, and tests on characters never seen."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="folder of Omniglot's archives")
     parser.add_argument("--ways", type=int, default=5, help="classes in an episode (5)")
     parser.add_argument("--shots", type=int, default=1, help="support examples a class (1)")

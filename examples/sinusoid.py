@@ -67,7 +67,7 @@ def error_after(params, num_steps, num_tasks=1000, seed=1):
 
 def main():
     """Trains, and prints the error before and after adaptation."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000, help="outer steps (default: 20000)")
     steps = parser.parse_args().steps
     params, losses = train(steps)
@@ -75,7 +75,9 @@ def main():
     print(f"                           {losses[-steps // 20 :].mean():.2f} in the last")
     for num_steps in (0, 1, 5, 10):
         report = error_after(params, num_steps)
-        print(f"mean squared error after {num_steps:2} steps: {report.mean:.2f} ± {report.ci95:.2f}")
+        print(
+            f"mean squared error after {num_steps:2} steps: {report.mean:.2f} ± {report.ci95:.2f}"
+        )
 
 
 if __name__ == "__main__":

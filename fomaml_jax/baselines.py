@@ -144,7 +144,8 @@ def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fi
     """Classification of all training classes; its head then makes way for the problem's."""
     assert problem.splits is not None
     classes = problem.splits.train
-    seen = chosen.training_ways * (chosen.inner_steps * chosen.shots + chosen.queries)
+    ways = problems.training_ways(chosen, classes)
+    seen = ways * (chosen.inner_steps * chosen.train_shots + chosen.queries)
     steps = max(1, chosen.steps * chosen.tasks_per_step * seen // (JOINT_BATCH * JOINT_BATCHES))
     trained = fit(
         fomaml(problems.cross_entropy(problems.predictor(chosen)), optax.identity(), 0),

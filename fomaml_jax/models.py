@@ -162,6 +162,11 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     By reshape, because the gradient of `reduce_window` is slow on CPU and not deterministic on
     GPU.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> fj.models.max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1)).item()
+        3.0
     """
     n, h, w, c = x.shape
     x = x[:, : h // 2 * 2, : w // 2 * 2]

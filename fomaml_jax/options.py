@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from fomaml_jax import refusals
 
-
 MOST = 2**31 - 1
 """The largest number, that of int32."""
 
@@ -59,14 +58,16 @@ class ImageOptions(Options):
     """Options of few-shot classification."""
 
     ways: int = 5
-    """Classes in an episode of unseen tasks."""
+    """Classes of an unseen task."""
     shots: int = 1
-    """Support examples a class."""
+    """Support examples a class of an unseen task."""
     queries: int = 5
     """Query examples a class; a query batch is normalised together (transductive)."""
     train_ways: int | None = None
-    """Classes in a training episode: harder tasks make better features, and the head, which starts
-    at zero in every task, fits any number of classes. 20, fewer with many shots, unless given."""
+    """Classes in a training episode; 20, or all if there are fewer, unless given. More make harder
+    tasks and better features, and a head that starts at zero fits any number of classes."""
+    train_shots: int = 1
+    """Support examples a class in a training episode."""
     steps: int = 2000
     tasks_per_step: int = 4
     inner_steps: int = 3
@@ -83,11 +84,6 @@ class ImageOptions(Options):
     """How a block halves the picture."""
 
     @property
-    def training_ways(self) -> int:
-        """Classes in a training episode."""
-        return self.train_ways or max(self.ways, min(20, 50 // self.shots))
-
-    @property
     def setting(self) -> str:
         """The problem in a few words."""
         return f"{self.ways}-way {self.shots}-shot"
@@ -97,7 +93,7 @@ class ImageOptions(Options):
 class Glyphs(ImageOptions):
     """Printed letters of scripts never seen in training: needs no download."""
 
-    steps: int = 1250
+    steps: int = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

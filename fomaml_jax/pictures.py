@@ -84,8 +84,8 @@ def episodes(
 
     rows = 1 + shown
     figure = Figure(figsize=(count * (0.62 * ways + 0.4), 0.72 * rows + 0.5))
-    panels = figure.subfigures(1, count)
-    for index, panel in enumerate(np.atleast_1d(panels)):
+    panels = figure.subfigures(1, count, squeeze=False)[0]
+    for index, panel in enumerate(panels):
         task, predicted = jax.device_get(solve(index))
         axes = np.reshape(panel.subplots(rows, ways), (rows, ways))
         panel.suptitle(f"unseen task {index + 1}", fontsize=9)

@@ -153,6 +153,11 @@ def predictor(chosen: options.ImageOptions) -> Predict:
     return matmul_convolutions(predict)
 
 
+def training_ways(chosen: options.ImageOptions, classes: ImageClasses) -> int:
+    """Classes in a training episode."""
+    return chosen.train_ways or min(20, len(classes.images))
+
+
 def initial_params(chosen: options.ImageOptions, outputs: int, classes: ImageClasses) -> Params:
     """Parameters for pictures of this size."""
     example = jnp.zeros((1, *classes.images.shape[2:]))
@@ -213,7 +218,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     turned = isinstance(chosen, options.Omniglot)
     if turned:
         splits = splits._replace(train=_turned_classes(splits.train))
-    train_ways = min(chosen.training_ways, len(splits.train.images))
+    train_ways = training_ways(chosen, splits.train)
     params = initial_params(chosen, train_ways, splits.train)
     head = params["params"][HEAD]
     predict = predictor(chosen)
@@ -231,7 +236,9 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         return jnp.mean(predict(params, x).argmax(-1) == y)
 
     def unseen(name: str) -> TaskDistribution:
-        return _episodes(chosen, name, splits, chosen.ways, rotations=turned)
+        return _episodes(
+            chosen, name, splits, ways=chosen.ways, shots=chosen.shots, rotations=turned
+        )
 
     return Problem(
         params=without_head(params),
@@ -243,7 +250,14 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         inner=inner(chosen.ways),
         meta_gradient=fresh_head(fomaml(loss_fn, inner(train_ways), chosen.inner_steps), head),
         outer=functools.partial(outer_optimizer, chosen.rate),
-        train=_episodes(chosen, "train", splits, train_ways, augment=augmentation(chosen)),
+        train=_episodes(
+            chosen,
+            "train",
+            splits,
+            ways=train_ways,
+            shots=chosen.train_shots,
+            augment=augmentation(chosen),
+        ),
         validation=unseen("validation"),
         test=unseen("test"),
         splits=splits,
@@ -251,15 +265,13 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
 
 
 def _episodes(
-    chosen: options.ImageOptions, name: str, splits: Splits, ways: int, **kwargs: Any
+    chosen: options.ImageOptions, name: str, splits: Splits, **kwargs: Any
 ) -> TaskDistribution:
     classes: ImageClasses = getattr(splits, name)
     try:
         return episodes(
             classes.images,
             counts=classes.counts,
-            ways=ways,
-            shots=chosen.shots,
             queries=chosen.queries,
             **kwargs,
         )

@@ -94,6 +94,7 @@ def checked_loss(loss_fn: LossFn, has_aux: bool):
                 f"loss_fn returned {_describe(out)} with has_aux={has_aux}; return a scalar, "
                 "or (scalar, aux) with has_aux=True"
             )
+        loss: Any
         loss, aux = out if has_aux else (out, None)
         if np.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
             raise ValueError(

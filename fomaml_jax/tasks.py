@@ -239,7 +239,13 @@ def _shuffle(key: jax.Array, count: int) -> jax.Array:
 
 
 def as_float(x: jax.Array) -> jax.Array:
-    """Pictures of uint8 as float32 in `[0, 1]`; anything else as it is."""
+    """Pictures of uint8 as float32 in `[0, 1]`; anything else as it is.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> fj.tasks.as_float(jnp.array([0, 255], jnp.uint8))
+        Array([0., 1.], dtype=float32)
+    """
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
 

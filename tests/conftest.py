@@ -1,5 +1,8 @@
 """A strict JAX for every test: no silent promotion of dtypes or ranks, and two CPU devices."""
 
+import os
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -20,3 +23,12 @@ def standard_promotion():
     """For optax's own Adam, which raises a float to an int32 power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def omniglot_folder():
+    """The folder of Omniglot's two archives, below `$FOMAML_JAX_DATA`."""
+    folder = Path(os.environ.get("FOMAML_JAX_DATA", "")) / "omniglot"
+    if not (folder / "images_background.zip").is_file():
+        pytest.skip("needs $FOMAML_JAX_DATA with Omniglot in it")
+    return folder

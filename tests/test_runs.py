@@ -21,7 +21,6 @@ PARAMS = {
 }
 
 
-
 # Parameters.
 
 
@@ -124,13 +123,18 @@ def test_replacing_puts_the_new_file_in_the_place_of_the_old(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def fail_while_replacing(path, error):
+    with runs.replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_replacing_leaves_the_old_file_and_nothing_else_when_the_block_raises(tmp_path, error):
     path = tmp_path / "result.json"
     path.write_text("old")
-    with pytest.raises(error), runs.replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        raise error
+    with pytest.raises(error):
+        fail_while_replacing(path, error)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -220,6 +224,7 @@ SHARED = {
 IMAGES = {
     "ways": 3,
     "train_ways": 4,
+    "train_shots": 2,
     "head_rate": 0.5,
     "shift": 1,
     "width": 8,

@@ -1,0 +1,626 @@
+"""The command line from end to end, and every refusal: one line, exit code 2, nothing left behind.
+
+In this process a small network learns small pictures, so that a run takes seconds. One run in a
+process of its own is what a user types: the real network, on glyphs drawn afresh.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fomaml_jax import baselines, cli, datasets, experiment, options, problems, runs
+from fomaml_jax.datasets import ImageClasses, Splits
+
+TINY = ("--steps", "3", "--tasks-per-step", "2", "--eval-tasks", "4")
+SMALL = (*TINY, "--queries", "2", "--inner-steps", "1", "--width", "4")
+SMALL_GLYPHS = (*SMALL, "--train-ways", "4", "--ways", "3")
+SMALL_FOLDER = (*SMALL, "--train-ways", "2", "--ways", "2")
+RESULT_KEYS = {
+    *("dataset", "ways", "shots", "metric", "mean", "ci95", "num_tasks", "transductive"),
+    *("inner_steps", "before_adaptation", "baselines", "tasks_seen", "seconds", "config"),
+    *("versions", "per_step"),
+}
+FILES = {"config.json", "parameters.npz", "metrics.jsonl", "result.json", "learning_curve.png"}
+
+
+class SmallNetwork(nn.Module):
+    outputs: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width, name="body")(x.reshape(len(x), -1)))
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="head")(x)
+
+
+def noise(classes):
+    images = np.random.default_rng(classes).integers(0, 256, (classes, 6, 8, 8, 1))
+    names = tuple(map(str, range(classes)))
+    return ImageClasses(images.astype(np.uint8), np.full(classes, 6, np.int32), names)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    jax.config.update("jax_disable_most_optimizations", True)
+    small = Splits(noise(8), noise(5), noise(7))
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(problems, "network", lambda chosen, n: SmallNetwork(n, chosen.width))
+        patch.setattr(datasets, "glyphs", lambda: small)
+        patch.setattr(experiment, "VALIDATION_TASKS", 4)
+        patch.setattr(baselines, "FINE_TUNING_FACTORS", (1.0,))
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@dataclasses.dataclass
+class Finished:
+    code: Any
+    out: str
+    err: str
+    folder: Path = Path()
+
+    @property
+    def result(self):
+        return json.loads((self.folder / "result.json").read_text())
+
+    @property
+    def metrics(self):
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def call(*words: str | Path) -> Finished:
+    """`fomaml-jax`, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+def trained(folder, *words):
+    run = call("train", *words, "--out", folder)
+    assert run.code == 0, run.err
+    return dataclasses.replace(run, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory):
+    """A run of the default data set, into the default folder, with everything it draws."""
+    home = tmp_path_factory.mktemp("glyphs")
+    with contextlib.chdir(home):
+        run = call("train", *SMALL_GLYPHS)
+    assert run.code == 0, run.err
+    (folder,) = (home / "runs").iterdir()
+    return dataclasses.replace(run, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def sinusoid(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("sinusoid"), "sinusoid", *TINY, "--eval-steps", "2")
+
+
+# What a run leaves.
+
+
+def is_picture(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG" and np.asarray(image.convert("L")).std() > 1
+
+
+def test_a_run_fills_its_folder(glyphs, sinusoid):
+    for run, picture in ((glyphs, "episodes.png"), (sinusoid, "adaptation.png")):
+        assert {path.name for path in run.folder.iterdir()} == FILES | {picture}
+        assert is_picture(run.folder / picture)
+        assert is_picture(run.folder / "learning_curve.png")
+
+
+def test_without_names_the_run_is_of_glyphs_and_goes_to_a_folder_of_this_moment(glyphs):
+    assert re.fullmatch(r"glyphs-\d{8}-\d{6}", glyphs.folder.name)
+    assert glyphs.err.startswith(f"glyphs, 3-way 1-shot, into runs/{glyphs.folder.name}\n")
+    assert glyphs.out.endswith(
+        f"The run is in runs/{glyphs.folder.name}: result.json, learning_curve.png and more.\n"
+    )
+
+
+def test_the_result_of_pictures(glyphs):
+    result = glyphs.result
+    assert result.keys() == RESULT_KEYS
+    expected = {
+        "dataset": "glyphs",
+        "ways": 3,
+        "shots": 1,
+        "metric": "accuracy",
+        "num_tasks": 4,
+        "transductive": True,
+        "inner_steps": 1,
+        "before_adaptation": pytest.approx(1 / 3),
+        "tasks_seen": 6,
+        "config": json.loads((glyphs.folder / "config.json").read_text()),
+    }
+    assert {name: result[name] for name in expected} == expected
+    assert result["config"]["steps"] == 3
+    assert result["versions"]["jax"] == jax.__version__
+    assert 0 < result["mean"] <= 1
+    assert set(result["baselines"]) == {
+        "nearest class mean on pixels",
+        "joint pre-training, fine-tuned",
+    }
+
+
+def test_the_result_of_sine_waves(sinusoid):
+    result = sinusoid.result
+    assert result.keys() == RESULT_KEYS
+    expected = {"dataset": "sinusoid", "ways": None, "shots": 5, "transductive": None}
+    expected |= {"metric": "mean squared error", "inner_steps": 2, "baselines": {}}
+    assert {name: result[name] for name in expected} == expected
+    assert [row["inner_steps"] for row in result["per_step"]] == [0, 1, 2]
+    assert result["before_adaptation"] == result["per_step"][0]["mean"]
+    assert result["mean"] == result["per_step"][-1]["mean"]
+    assert result["ci95"] == result["per_step"][-1]["ci95"]
+
+
+def test_the_metrics_follow_the_training(glyphs, sinusoid):
+    for run in (glyphs, sinusoid):
+        assert [row["step"] for row in run.metrics] == [1, 2, 3]
+        assert [row["tasks"] for row in run.metrics] == [2, 4, 6]
+        for row in run.metrics:
+            assert {"loss", "grad_norm", "left_out", "validation"} <= row.keys()
+            assert row["loss"] > 0
+
+
+def has_moved(folder):
+    """Whether the saved parameters are not those that training started from."""
+    first = problems.build(options.from_json(runs.read_config(folder))).params
+    saved = runs.load_parameters(folder, first)
+    return any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (first, saved)), strict=True))
+
+
+def test_the_parameters_that_are_saved_are_the_trained_ones(glyphs, sinusoid):
+    assert has_moved(glyphs.folder)
+    assert has_moved(sinusoid.folder)
+
+
+def test_the_progress_bar_shows_loss_speed_and_time_left(sinusoid):
+    bar = sinusoid.err.splitlines()[-1].split("\r")[-1]
+    assert re.search(r"meta-training: 100%.* 6\.00/6\.00 \[\d\d:\d\d<.*tasks.*loss \d", bar)
+
+
+# The table.
+
+
+def rows_of(table):
+    """Name, mean and interval of each row, as printed."""
+    rows = re.findall(r"^  (\S.*?)  +([\d.]+)(?: %)? ± ([\d.]+)$", table, re.MULTILINE)
+    return [(name, float(mean), float(ci95)) for name, mean, ci95 in rows]
+
+
+def test_the_table_of_pictures_is_the_result_in_percent(glyphs):
+    result = glyphs.result
+    rows = [*result["per_step"], *result["baselines"].values()]
+    names = ["before adaptation", "after 1 step", *result["baselines"]]
+    assert rows_of(glyphs.out) == [
+        (name, round(100 * row["mean"], 2), round(100 * row["ci95"], 2))
+        for name, row in zip(names, rows, strict=True)
+    ]
+    assert glyphs.out.splitlines()[1] == (
+        "accuracy on 4 unseen tasks, query batches normalised together (transductive)"
+    )
+
+
+def test_the_table_of_sine_waves_is_the_result(sinusoid):
+    names = ["before adaptation", "after 1 step", "after 2 steps"]
+    assert rows_of(sinusoid.out) == [
+        (name, round(row["mean"], 3), round(row["ci95"], 3))
+        for name, row in zip(names, sinusoid.result["per_step"], strict=True)
+    ]
+    assert sinusoid.out.splitlines()[1] == "mean squared error on 4 unseen tasks"
+
+
+# Again.
+
+
+def test_the_same_seed_gives_the_same_numbers_and_no_compare_only_leaves_out_baselines(
+    glyphs, tmp_path
+):
+    again = trained(tmp_path / "again", "glyphs", *SMALL_GLYPHS, "--no-compare")
+    assert again.result["per_step"] == glyphs.result["per_step"]
+    assert again.metrics == glyphs.metrics
+    assert again.result["baselines"] == {}
+    assert rows_of(again.out) == rows_of(glyphs.out)[:2]
+
+
+def test_evaluate_repeats_the_evaluation_of_the_run(glyphs):
+    before = {path: path.stat().st_mtime_ns for path in glyphs.folder.iterdir()}
+    again = call("evaluate", glyphs.folder, "--eval-tasks", "4")
+    assert again.code == 0
+    assert rows_of(again.out) == rows_of(glyphs.out)[:2]
+    assert {path: path.stat().st_mtime_ns for path in glyphs.folder.iterdir()} == before
+
+
+def test_evaluate_takes_other_tasks_and_steps(sinusoid):
+    words = ["evaluate", sinusoid.folder, "--eval-tasks", "6", "--eval-steps", "3", "--seed", "8"]
+    other = call(*words)
+    assert "on 6 unseen tasks" in other.out
+    assert [name for name, *_ in rows_of(other.out)][-1] == "after 3 steps"
+    assert rows_of(other.out)[0] != rows_of(sinusoid.out)[0]
+
+
+def test_compare_adds_second_order_maml_and_joint_pretraining_to_sine_waves(tmp_path):
+    compared = trained(tmp_path, "sinusoid", *TINY, "--inner-steps", "1", "--compare")
+    names = ["second-order MAML", "joint pre-training, fine-tuned"]
+    assert list(compared.result["baselines"]) == names
+    assert [name for name, *_ in rows_of(compared.out)][-2:] == names
+    joint = compared.result["baselines"][names[1]]
+    assert joint["inner_rate_factor"] == 1
+    for name in ("meta-training", "second-order MAML", "joint pre-training"):
+        assert f"{name}: 100%" in compared.err
+
+
+def test_a_run_that_diverges_ends_with_valid_json(tmp_path):
+    wild = ["--inner-rate", "1e30", "--inner-clip", "1e30", "--eval-steps", "1"]
+    run = trained(tmp_path, "sinusoid", *TINY, *wild)
+    assert run.result["mean"] is None
+    assert np.isfinite(run.result["before_adaptation"])
+    assert [row["left_out"] for row in run.metrics] == [2, 2, 2]
+    assert run.metrics[-1]["validation"] is None
+    assert "6 tasks left out" in run.err
+    assert re.search(r"after 1 step +nan ± nan", run.out)
+
+
+# One's own pictures.
+
+
+def paint_classes(folder, count):
+    rng = np.random.default_rng(0)
+    for c in range(count):
+        (folder / f"class {c}").mkdir(parents=True)
+        for e in range(3):
+            pixels = rng.integers(0, 256, (10, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"class {c}" / f"{e}.png")
+    return folder
+
+
+def test_a_folder_of_pictures_is_learned_and_evaluated_where_it_is_moved_to(tmp_path):
+    data = paint_classes(tmp_path / "data", 6)
+    words = ["--path", data, "--size", "8", "--channels", "1", "--no-compare"]
+    run = trained(tmp_path / "run", "folder", *SMALL_FOLDER, *words)
+    assert run.result["dataset"] == "folder"
+    assert run.result["config"]["path"] == str(data)
+    assert run.result["before_adaptation"] == pytest.approx(1 / 2)
+
+    moved = data.rename(tmp_path / "moved")
+    lost = call("evaluate", run.folder)
+    assert (lost.code, lost.out) == (2, "")
+    assert lost.err.startswith(f"fomaml-jax: {data} does not exist, expected one folder a class")
+    found = call("evaluate", run.folder, "--path", moved, "--eval-tasks", "4")
+    assert rows_of(found.out) == rows_of(run.out)
+
+
+# Interruption.
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_usable(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "VALIDATIONS", 1)  # what came after the last is kept as well
+    append = runs.append_metrics
+
+    def once(folder, row):
+        interrupt() if row["step"] == 2 else append(folder, row)
+
+    monkeypatch.setattr(runs, "append_metrics", once)
+    run = call("train", "sinusoid", *TINY, "--eval-steps", "2", "--out", tmp_path)
+    assert (run.code, run.out) == (130, "")
+    message = f"fomaml-jax: interrupted; {tmp_path} holds the parameters so far"
+    assert run.err.splitlines()[-1] == message
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "parameters.npz",
+        "metrics.jsonl",
+    }
+    assert has_moved(tmp_path)
+    evaluated = call("evaluate", tmp_path, "--eval-tasks", "4")
+    assert evaluated.code == 0
+    assert len(rows_of(evaluated.out)) == 3
+
+
+def test_interrupting_the_preparations_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(problems, "build", interrupt)
+    run = call("train", "glyphs", "--out", tmp_path / "run")
+    assert (run.code, run.out, run.err) == (130, "", "fomaml-jax: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupting_an_evaluation(sinusoid, monkeypatch):
+    monkeypatch.setattr(experiment, "evaluate", interrupt)
+    run = call("evaluate", sinusoid.folder)
+    assert (run.code, run.out, run.err) == (130, "", "fomaml-jax: interrupted\n")
+
+
+# Help.
+
+
+@pytest.mark.parametrize("words", ["", "-h", "--help", "train --help", "train -h"])
+def test_help_lists_the_commands(words):
+    run = call(*words.split())
+    assert (run.code, run.out, run.err) == (0, cli.USAGE + "\n", "")
+
+
+@pytest.mark.parametrize("name", options.DATA_SETS)
+def test_help_of_a_data_set_lists_every_option_with_its_default(name):
+    run = call("train", name, "--help")
+    assert (run.code, run.err) == (0, "")
+    entries = re.split(r" (?=--(?!no-))", " ".join(run.out.split()))
+    for field in dataclasses.fields(options.DATA_SETS[name]):
+        option = "--" + field.name.replace("_", "-")
+        (entry,) = (entry for entry in entries if re.match(rf"{option}[ ,]", entry))
+        required = field.default is dataclasses.MISSING
+        assert ("(required)" if required else f"(default: {field.default})") in entry
+
+
+def test_help_of_evaluate_lists_its_options():
+    run = call("evaluate", "--help")
+    assert run.code == 0
+    for option in ("--eval-tasks", "--eval-steps", "--seed", "--path"):
+        assert option in run.out
+
+
+def test_the_command_line_runs_where_jax_has_started_with_other_devices(monkeypatch):
+    devices = jax.devices()
+    monkeypatch.setattr(os, "cpu_count", lambda: len(devices) + 5)
+    assert call("--help").code == 0
+    assert jax.devices() == devices
+
+
+# Refusals: of words, that the parser finds (its texts are its own; ours follow further below).
+
+PARSER = {
+    "an unknown option": ("train glyphs --wyas 3", "--wyas"),
+    "an option of another data set": ("train sinusoid --ways 3", "--ways"),
+    "a word too many": ("train glyphs letters", "letters"),
+    "a word for a number": ("train glyphs --ways five", "'five'"),
+    "a fraction for a count": ("train sinusoid --shots 1.5", "'1.5'"),
+    "a word for a rate": ("train glyphs --rate fast", "'fast'"),
+    "an unknown choice": ("train glyphs --pooling mean", "'mean'"),
+    "an unknown split": ("train omniglot --split test", "'test'"),
+    "two channels": ("train folder --path . --channels 2", "'2'"),
+    "no value": ("train glyphs --out", "--out"),
+    "no path": ("train folder", "--path"),
+    "no run": ("evaluate", "PATH"),
+    "an unknown option of evaluate": ("evaluate here --ways 3", "--ways"),
+}
+
+
+class Terminal(io.StringIO):
+    """Colours and box characters, or neither."""
+
+    def __init__(self, encoding):
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self):
+        return self._encoding
+
+    def isatty(self):
+        return self._encoding == "utf-8"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(("words", "named"), PARSER.values(), ids=PARSER)
+def test_words_are_refused_in_one_plain_line(words, named, encoding, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out, err = Terminal(encoding), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words.split())
+    command = words.split(" --")[0].removesuffix(" here").removesuffix(" letters")
+    assert stop.value.code == 2
+    assert out.getvalue() == ""
+    line = err.getvalue()
+    assert re.fullmatch(rf"fomaml-jax: [ -~]+ \(see fomaml-jax {command} --help\)\n", line)
+    assert named in line
+    assert not re.search(r"--- |  |Perhaps|helptext", line)
+    assert not list(tmp_path.iterdir())
+
+
+# Refusals: of what the words mean. The scene is a folder with a file, an empty and a full folder.
+
+COUNT = "must be an integer of at least"
+RATE = "must be a finite number above 0, got"
+IMAGES = "one folder a class with its images, or train/ and test/ with such folders"
+ARCHIVES = (
+    "a folder with Omniglot's images_background.zip and images_evaluation.zip, or both unpacked"
+)
+REFUSED = {
+    "trian": "unknown command 'trian'; there are train and evaluate",
+    "train mnist": "unknown data set 'mnist'; there are glyphs, omniglot, sinusoid, folder",
+    "train ''": "unknown data set ''; there are glyphs, omniglot, sinusoid, folder",
+    "train glyphs --ways 0": f"--ways {COUNT} 1, got 0",
+    "train glyphs --shots -1": f"--shots {COUNT} 1, got -1",
+    "train glyphs --queries 0": f"--queries {COUNT} 1, got 0",
+    "train --steps 0": f"--steps {COUNT} 1, got 0",
+    "train sinusoid --tasks-per-step 0": f"--tasks-per-step {COUNT} 1, got 0",
+    "train glyphs --inner-steps -1": f"--inner-steps {COUNT} 0, got -1",
+    "train glyphs --eval-tasks 1": f"--eval-tasks {COUNT} 2, got 1",
+    "train glyphs --seed -1": f"--seed {COUNT} 0, got -1",
+    "train glyphs --seed 99999999999999999999": "--seed must be at most 2147483647, "
+    "got 99999999999999999999",
+    "train folder --path full --size 0": f"--size {COUNT} 1, got 0",
+    "train glyphs --inner-rate nan": f"--inner-rate {RATE} nan",
+    "train glyphs --rate inf": f"--rate {RATE} inf",
+    "train glyphs --head-rate -0.1": f"--head-rate {RATE} -0.1",
+    "train sinusoid --inner-clip 0": f"--inner-clip {RATE} 0.0",
+    "train glyphs --ways 6": "validation split: ways=6 is more than the 5 classes there are",
+    "train glyphs --train-ways 9": "train split: ways=9 is more than the 8 classes there are",
+    "train glyphs --ways 2 --train-ways 2 --shots 3 --queries 4": "validation split: shots=3 plus "
+    "queries=4 is more than the 6 examples of the smallest class; ask for fewer, or leave that "
+    "class out",
+    "train glyphs --out file": "file is a file; pass --out with a folder, new or empty",
+    "train glyphs --out full": "full is not empty; pass --out with a folder, new or empty",
+    "train sinusoid --out file/run": "cannot write a run to file/run: Not a directory",
+    "train folder --path nowhere": f"nowhere does not exist, expected {IMAGES}",
+    "train folder --path empty": f"empty holds no class folders, expected {IMAGES}",
+    "train folder --path file": f"file is not a folder, expected {IMAGES}",
+    "train omniglot --path nowhere": f"nowhere does not exist, expected {ARCHIVES}",
+    "train omniglot --path empty": f"empty holds no Omniglot, expected {ARCHIVES}",
+    "evaluate nowhere": "nowhere is not a run: it has no config.json",
+    "evaluate empty": "empty is not a run: it has no config.json",
+    "evaluate file": "file is not a run: it has no config.json",
+    "evaluate run --eval-tasks 0": f"--eval-tasks {COUNT} 2, got 0",
+    "evaluate run --eval-steps 0": f"--eval-steps {COUNT} 1, got 0",
+    "evaluate run --path here": "--path: glyphs has no data to look for",
+}
+
+
+def words_of(line):
+    return ["" if word == "''" else word for word in line.split()]
+
+
+@pytest.fixture
+def scene(glyphs, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "result.json").touch()
+    shutil.copytree(glyphs.folder, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def everything(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def assert_refused(scene, words, message):
+    before = everything(scene)
+    run = call(*words)
+    assert (run.code, run.out, run.err) == (2, "", f"fomaml-jax: {message}\n")
+    assert everything(scene) == before
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused(scene, line):
+    assert_refused(scene, words_of(line), REFUSED[line])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_refused(scene):
+    (scene / "locked").mkdir(mode=0o500)
+    message = "cannot write a run to locked/run: Permission denied"
+    assert_refused(scene, ["train", "sinusoid", "--out", "locked/run"], message)
+
+
+# Refusals: of a run that something happened to.
+
+
+def write_config(**changes):
+    def write(run):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | changes))
+
+    return write
+
+
+def cut_parameters(run):
+    path = run / "parameters.npz"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+SPOILED = {
+    "configuration is no JSON": (
+        lambda run: (run / "config.json").write_text("{steps"),
+        r"run/config.json is not JSON: Expecting property name .*",
+    ),
+    "configuration is no object": (
+        lambda run: (run / "config.json").write_text("3"),
+        r"run/config.json is not a run's configuration: expected an object",
+    ),
+    "configuration names no data set": (
+        write_config(dataset="mnist"),
+        "the configuration names none of the data sets glyphs, omniglot, sinusoid, folder",
+    ),
+    "configuration of another version": (
+        write_config(zeal=1),
+        "the configuration's options differ from this version's: zeal",
+    ),
+    "numbers made impossible": (write_config(ways=-3), f"--ways {COUNT} 1, got -3"),
+    "parameters of another shape": (
+        write_config(width=5),
+        r"run/parameters.npz does not fit its configuration: \['params'\]\['body'\]\['bias'\] "
+        r"should be float32\[5\], found float32\[4\]",
+    ),
+    "parameters cut short": (
+        cut_parameters,
+        r"cannot read the parameters in run/parameters.npz: File is not a zip file",
+    ),
+    "parameters missing": (
+        lambda run: (run / "parameters.npz").unlink(),
+        r"cannot read the parameters in run/parameters.npz: .*No such file or directory.*",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED.values(), ids=SPOILED)
+def test_a_spoiled_run_is_refused(scene, spoil, message):
+    spoil(scene / "run")
+    run = call("evaluate", "run")
+    assert (run.code, run.out) == (2, "")
+    assert re.fullmatch(f"fomaml-jax: {message}\n", run.err)
+
+
+# In a process of its own.
+
+
+def python_m(*words, home):
+    """`python -m fomaml_jax`, run and with its cache in `home`."""
+    environment = {"FOMAML_JAX_CACHE": str(home), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "fomaml_jax", *words],
+        env=os.environ | environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_the_real_network_trains_on_glyphs_drawn_afresh(tmp_path):
+    words = "train --steps 2 --tasks-per-step 2 --eval-tasks 4 --queries 1 --width 4 --no-compare"
+    done = python_m(*words.split(), "--out", "run", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["before_adaptation"] == pytest.approx(1 / 5)
+    assert result["num_tasks"] == 4
+    assert [name for name, *_ in rows_of(done.stdout)][-1] == "after 3 steps"
+    assert is_picture(tmp_path / "run" / "episodes.png")
+
+
+def test_a_refusal_of_the_process_is_its_exit_code_and_one_line(tmp_path):
+    done = python_m("train", "sinusoid", "--rate", "nan", home=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"fomaml-jax: --rate {RATE} nan\n"
+    assert not list(tmp_path.iterdir())

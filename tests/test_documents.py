@@ -1,0 +1,67 @@
+"""What is written down runs: the README's example, the examples, and a docstring a public name."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fomaml_jax as fj
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words, **kwargs):
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+def test_the_readmes_python_runs_and_adapts():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 18
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"(?:before|after): ([\d.]+)", done.stdout))
+    assert after < before
+
+
+def test_the_readmes_commands_are_the_packages():
+    text = (ROOT / "README.md").read_text()
+    assert "pip install '.[cli]' && fomaml-jax train\n" in text
+    assert "pip install -e '.[test]' && python -m pytest -n auto\n" in text
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_sinusoid_example():
+    example = runpy.run_path(str(ROOT / "examples" / "sinusoid.py"))
+    params, losses = example["train"](steps=400)
+    assert losses[-40:].mean() < losses[:40].mean()
+    errors = [example["error_after"](params, k, num_tasks=100).mean for k in (0, 5)]
+    assert errors[1] < errors[0]
+
+
+def test_the_omniglot_example(omniglot_folder):
+    done = run(
+        sys.executable,
+        ROOT / "examples" / "omniglot.py",
+        *("--data", omniglot_folder, "--steps", "25", "--tasks", "40"),
+    )
+    assert done.returncode == 0, done.stderr
+    before, *_, after = map(float, re.findall(r"tasks\): ([\d.]+)", done.stdout))
+    assert after > before + 10
+
+
+def public_functions():
+    for module in (fj, fj.tasks, fj.datasets, fj.models):
+        for name, thing in vars(module).items():
+            ours = getattr(thing, "__module__", "").startswith("fomaml_jax")
+            if ours and callable(thing) and not name.startswith("_"):
+                yield pytest.param(thing, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("thing", list(public_functions()))
+def test_every_public_function_has_a_docstring_with_an_example(thing):
+    assert thing.__doc__
+    if not isinstance(thing, type):
+        assert ">>>" in thing.__doc__

@@ -1,0 +1,359 @@
+"""From options to a problem: a head of zeros in every task, and every layer adapted."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import assert_close
+
+import fomaml_jax as fj
+from fomaml_jax import datasets, options, problems
+from fomaml_jax.datasets import ImageClasses, Splits
+
+WAYS, QUERIES, SIZE = 3, 2, 16
+CHOSEN = options.Glyphs(ways=WAYS, train_ways=WAYS, queries=QUERIES, width=4)
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def noise(classes, examples=5, seed=0):
+    """Classes that have nothing in common: one blurred pattern each, and noise."""
+    rng = np.random.default_rng(seed)
+    pattern = rng.uniform(size=(classes, 1, 4, 4, 1)).repeat(4, 2).repeat(4, 3)
+    images = 0.8 * pattern + 0.2 * rng.uniform(size=(classes, examples, SIZE, SIZE, 1))
+    counts = np.full(classes, examples, np.int32)
+    names = tuple(f"{seed} {c}" for c in range(classes))
+    return ImageClasses((255 * images).astype(np.uint8), counts, names)
+
+
+SPLITS = Splits(noise(6, seed=0), noise(5, seed=1), noise(7, seed=2))
+
+
+def build(chosen=CHOSEN, splits=SPLITS):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("glyphs", "omniglot", "image_folder"):
+            patch.setattr(datasets, name, lambda *args, **kwargs: splits)
+        return problems.build(chosen)
+
+
+@pytest.fixture(scope="module")
+def problem(quick_compiles):
+    return build()
+
+
+@pytest.fixture(scope="module")
+def shared(problem):
+    """Shared parameters that differ from the first everywhere, zeros included."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), problem.params
+    )
+
+
+@pytest.fixture(scope="module")
+def task(problem):
+    return sample(problem.test)
+
+
+@pytest.fixture(scope="module")
+def adapt_path(problem):
+    return jax.jit(problems.adapt_path(problem, CHOSEN.inner_steps))
+
+
+@pytest.fixture(scope="module")
+def path(adapt_path, shared, task):
+    return adapt_path(shared, task.support)
+
+
+@pytest.fixture(scope="module")
+def metric(problem):
+    return jax.jit(problem.metric_fn)
+
+
+@pytest.fixture(scope="module")
+def gradient(problem):
+    return jax.jit(jax.grad(problem.loss_fn))
+
+
+def sample(sample_task, key=KEY):
+    return jax.jit(sample_task)(key)
+
+
+def at(path, step):
+    return jax.tree.map(lambda x: x[step], path)
+
+
+def moved(path, step):
+    """The largest change of each array in one step, by name."""
+    before, after = (jax.tree.leaves_with_path(at(path, k)["params"]) for k in (step, step + 1))
+    return {
+        "/".join(key.key for key in name): np.abs(x - y).max()
+        for (name, x), (_, y) in zip(before, after, strict=True)
+    }
+
+
+# The head.
+
+
+def test_the_head_is_no_shared_parameter_and_starts_at_zero(problem, shared):
+    assert set(problem.params["params"]) == {f"{x}{k}" for x in ("conv", "norm") for k in range(4)}
+    started = problem.start(shared)
+    head = started["params"].pop("head")
+    assert_close(started, shared, 0)
+    assert {name: x.shape for name, x in head.items()} == {"kernel": (4, WAYS), "bias": (WAYS,)}
+    assert not any(np.any(x) for x in head.values())
+
+
+def test_with_head_undoes_without_head(problem, shared):
+    started = problem.start(shared)
+    head = started["params"]["head"]
+    assert_close(problems.with_head(problems.without_head(started), head), started, 0)
+
+
+def test_a_fresh_head_is_given_to_every_task_and_its_gradient_thrown_away():
+    head, task = {"kernel": jnp.ones(2)}, fj.Task((), ())
+
+    def meta_gradient(params, task):
+        assert params == {"params": {"conv0": 3, "head": head}}
+        return {"params": {"conv0": 6, "head": head}}, task
+
+    fresh = problems.fresh_head(meta_gradient, head)
+    assert fresh({"params": {"conv0": 3}}, task) == ({"params": {"conv0": 6}}, task)
+
+
+def test_the_meta_gradient_is_the_query_gradient_at_the_adapted_parameters(
+    problem, shared, task, path, gradient
+):
+    grads, info = jax.jit(problem.meta_gradient)(shared, task)
+    assert jax.tree.structure(grads) == jax.tree.structure(problem.params)
+    expected = gradient(at(path, -1), task.query)
+    assert_close(grads, problems.without_head(expected), 1e-5)
+    assert all(np.any(g) for g in jax.tree.leaves(grads))
+    assert info.finite
+
+
+# Adaptation.
+
+
+def test_every_layer_adapts_in_all_steps_but_the_first_which_builds_the_head(path):
+    first, *later = (moved(path, step) for step in range(CHOSEN.inner_steps))
+    assert first.pop("head/kernel") > 1e-3
+    assert max(first.values()) < 1e-6  # a head of zeros sends nothing down, and classes balance
+    assert len(later) >= 2
+    for changes in later:
+        assert len(changes) == 4 * 3 + 2
+        assert min(changes.values()) > 1e-6, changes
+
+
+@pytest.mark.parametrize("kind", [options.Glyphs, options.Omniglot])
+def test_the_default_recipes_adapt_every_layer(kind):
+    assert kind().inner_steps >= 2
+
+
+def test_the_path_ends_where_adaptation_ends(problem, shared, task, path):
+    @jax.jit
+    def adapted(num_steps):
+        start = problem.start(shared)
+        return fj.adapt(problem.loss_fn, start, task.support, problem.inner, num_steps)[0]
+
+    for steps in range(CHOSEN.inner_steps + 1):
+        assert_close(at(path, steps), adapted(steps), 1e-5)
+
+
+def test_the_head_has_a_rate_of_its_own_for_each_way(path, task, gradient):
+    grads = gradient(at(path, 1), task.support)["params"]
+    rates = dict.fromkeys(grads, CHOSEN.inner_rate) | {"head": CHOSEN.head_rate * WAYS}
+    before, after = at(path, 1)["params"], at(path, 2)["params"]
+    for name, rate in rates.items():
+        expected = jax.tree.map(lambda x, g, rate=rate: x - rate * g, before[name], grads[name])
+        assert_close(after[name], expected, 1e-5)
+
+
+def test_accuracy_before_adaptation_is_that_of_a_guess(problem, metric, shared, path):
+    for seed in range(5):
+        query = sample(problem.test, jax.random.key(seed)).query
+        assert metric(at(path, 0), query) == pytest.approx(1 / WAYS)
+    assert metric(problem.start(problem.params), query) == pytest.approx(1 / WAYS)
+
+
+def test_accuracy_is_the_fraction_of_queries_given_their_label(problem, metric, path, task):
+    adapted = at(path, -1)
+    x, y = task.query
+    said = np.argmax(jax.jit(problem.predict)(adapted, x), -1)
+    assert metric(adapted, (x, said)) == 1
+    assert metric(adapted, (x, (said + 1) % WAYS)) == 0
+    assert metric(adapted, task.query) == pytest.approx(np.mean(said == np.asarray(y)))
+
+
+def test_adaptation_solves_what_is_easy(problem, adapt_path, metric):
+    solved = []
+    for seed in range(10):
+        task = sample(problem.test, jax.random.key(seed))
+        solved.append(metric(at(adapt_path(problem.params, task.support), -1), task.query))
+    assert np.mean(solved) > 0.6
+
+
+def test_labels_carry_no_information(adapt_path, metric, shared, task):
+    permutation = jnp.array([2, 0, 1])
+    renamed = fj.Task(*((x, permutation[y]) for x, y in task))
+    results = []
+    for each in (task, renamed):
+        adapted = at(adapt_path(shared, each.support), -1)
+        results.append((adapted["params"]["head"]["kernel"], metric(adapted, each.query)))
+    (kernel, accuracy), (renamed_kernel, renamed_accuracy) = results
+    assert_close(renamed_kernel[:, permutation], kernel, 1e-4)
+    assert accuracy == renamed_accuracy
+
+
+def test_the_judge_reports_the_metric_after_every_step(problem, adapt_path, metric, shared):
+    judged = problems.judge_of(problem, problem.test, num_steps=CHOSEN.inner_steps, num_tasks=3)(
+        shared, KEY
+    )
+    for i in range(3):
+        task = sample(problem.test, jax.random.fold_in(KEY, i))
+        path = adapt_path(shared, task.support)
+        expected = [metric(at(path, k), task.query) for k in range(CHOSEN.inner_steps + 1)]
+        np.testing.assert_allclose([m[i] for m in judged.per_task], expected, rtol=1e-6)
+
+
+# The outer optimizer.
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_outer_rate_decays_to_a_hundredth():
+    optimizer = problems.outer_optimizer(0.5, 20)
+    state, rates = optimizer.init(jnp.zeros(1)), []
+    for _ in range(21):
+        update, state = optimizer.update(jnp.ones(1), state)  # Adam's step is then the rate
+        rates.append(-update.item())
+    np.testing.assert_allclose(rates[0], 0.5, rtol=1e-4)
+    np.testing.assert_allclose(rates[10], 0.5 * (0.99 / 2 + 0.01), rtol=1e-4)
+    np.testing.assert_allclose(rates[20], 0.005, rtol=1e-4)
+    assert rates == sorted(rates, reverse=True)
+
+
+# The tasks.
+
+
+def white(classes):
+    return classes._replace(images=np.full_like(classes.images, 255))
+
+
+def test_only_training_pictures_are_shifted():
+    built = build(splits=Splits(*map(white, SPLITS)))
+    darkest = [np.min(sample(tasks).query[0]) for tasks in (built.train, built.test)]
+    assert darkest == [0, 1]
+
+
+def pictures_of(sample_task, num_tasks=8):
+    tasks = [sample(sample_task, jax.random.fold_in(KEY, i)) for i in range(num_tasks)]
+    images = np.concatenate([np.asarray(x).reshape(-1, SIZE, SIZE, 1) for t in tasks for x, _ in t])
+    return {np.round(255 * x).astype(np.uint8).tobytes() for x in images}
+
+
+def in_split(classes, turns=(0,)):
+    images = classes.images.reshape(-1, SIZE, SIZE, 1)
+    return {np.rot90(x, k).tobytes() for x in images for k in turns}
+
+
+def test_each_split_gives_its_own_tasks():
+    built = build(dataclasses.replace(CHOSEN, shift=0))
+    tasks = (built.train, built.validation, built.test)
+    for sample_task, classes in zip(tasks, SPLITS, strict=True):
+        assert pictures_of(sample_task) <= in_split(classes)
+
+
+def test_omniglot_is_turned_into_four_times_the_classes_to_train_on():
+    built = build(options.Omniglot(ways=WAYS, queries=QUERIES, width=4, shift=0, train_ways=24))
+    assert built.splits is not None
+    train, _, test = built.splits
+    assert len(train.images) == len(train.counts) == len(set(train.names)) == 4 * 6
+    assert len(test.images) == 7
+    assert ways_of(built.train) == 4 * 6
+    turned = pictures_of(built.test) - in_split(SPLITS.test)
+    assert turned
+    assert turned <= in_split(SPLITS.test, turns=(1, 2, 3))
+
+
+def ways_of(sample_task):
+    labels = set(np.asarray(sample(sample_task).query[1]).tolist())
+    assert labels == set(range(len(labels)))
+    return len(labels)
+
+
+def test_training_episodes_have_ways_and_shots_of_their_own():
+    built = build(dataclasses.replace(CHOSEN, train_ways=2, train_shots=3))
+    assert ways_of(built.train) == 2
+    assert [len(labels) for _, labels in sample(built.train)] == [2 * 3, 2 * QUERIES]
+    assert [len(labels) for _, labels in sample(built.test)] == [WAYS, WAYS * QUERIES]
+
+
+@pytest.mark.parametrize(("classes", "ways"), [(6, 6), (20, 20), (30, 20)])
+def test_training_ways_are_twenty_where_there_are_as_many(classes, ways):
+    assert problems.training_ways(options.Glyphs(), noise(classes)) == ways
+
+
+REFUSED = {
+    "more ways than validation classes": (
+        {"ways": 6},
+        "validation split: ways=6 is more than the 5 classes there are",
+    ),
+    "more training ways than classes": (
+        {"train_ways": 7},
+        "train split: ways=7 is more than the 6 classes there are",
+    ),
+    "more examples than there are": (
+        {"shots": 3, "queries": 3},
+        "validation split: shots=3 plus queries=3 is more than the 5 examples of the smallest "
+        "class; ask for fewer, or leave that class out",
+    ),
+    "no tasks": (
+        {"tasks_per_step": 0},
+        "--tasks-per-step must be an integer of at least 1, got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_impossible_problems_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build(dataclasses.replace(CHOSEN, **changes))
+
+
+# Regression.
+
+
+def test_sine_waves_are_regressed_with_clipped_steps():
+    chosen = options.Sinusoid(inner_clip=0.5, inner_rate=0.1, shots=4)
+    built = problems.build(chosen)
+    task = sample(built.test)
+    assert built.start(built.params) is built.params
+    assert len(task.support[0]) == 4
+    assert len(task.query[0]) == 100
+    assert len(sample(built.train).query[0]) == chosen.queries
+    x, y = map(np.asarray, task.query)
+    error = np.mean((np.asarray(jax.jit(built.predict)(built.params, x)) - y) ** 2)
+    np.testing.assert_allclose(jax.jit(built.metric_fn)(built.params, (x, y)), error, rtol=1e-5)
+
+    path = jax.jit(problems.adapt_path(built, 1))(built.params, task.support)
+    step = jax.tree.map(lambda x: np.asarray(x[1] - x[0]), path)
+    norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(step)))
+    np.testing.assert_allclose(norm, 0.5 * 0.1, rtol=1e-4)
+
+
+def test_the_seed_decides_the_first_parameters():
+    first, again, other = (
+        problems.build(options.Sinusoid(seed=seed)).params["params"]["head"]["kernel"]
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
