@@ -177,6 +177,18 @@ def test_the_result_of_sine_waves(sinusoid):
     assert result["ci95"] == result["per_step"][-1]["ci95"]
 
 
+def test_the_result_is_of_the_saved_parameters_on_unseen_tasks(glyphs):
+    problem = problems.build(options.from_json(glyphs.result["config"]))
+    params = runs.load_parameters(glyphs.folder, problem.params)
+    judge = problems.judge_of(problem, problem.test, num_steps=1, num_tasks=4)
+    judged = judge(params, experiment.Keys.of(0).test)
+    np.testing.assert_allclose(
+        [(row["mean"], row["ci95"]) for row in glyphs.result["per_step"]],
+        np.stack([judged.mean, judged.ci95], 1),
+        rtol=1e-5,
+    )
+
+
 def test_the_metrics_follow_the_training(glyphs, sinusoid):
     for run in (glyphs, sinusoid):
         assert [row["step"] for row in run.metrics] == [1, 2, 3]
@@ -256,10 +268,10 @@ def test_evaluate_repeats_the_evaluation_of_the_run(glyphs):
 
 
 def test_evaluate_takes_other_tasks_and_steps(sinusoid):
-    words = ["evaluate", sinusoid.folder, "--eval-tasks", "6", "--eval-steps", "3", "--seed", "8"]
-    other = call(*words)
-    assert "on 6 unseen tasks" in other.out
-    assert [name for name, *_ in rows_of(other.out)][-1] == "after 3 steps"
+    longer = call("evaluate", sinusoid.folder, "--eval-tasks", "6", "--eval-steps", "3")
+    assert "on 6 unseen tasks" in longer.out
+    assert [name for name, *_ in rows_of(longer.out)][-1] == "after 3 steps"
+    other = call("evaluate", sinusoid.folder, "--eval-tasks", "4", "--seed", "8")
     assert rows_of(other.out)[0] != rows_of(sinusoid.out)[0]
 
 

@@ -15,25 +15,25 @@ from problems import assert_close, network, network_problem, one
 import fomaml_jax as fj
 
 FOMAML = fj.fomaml(network, optax.sgd(0.1), 3)
-plans = pytest.mark.parametrize("tasks_at_once", [1, 2, 3, 5, 7, None, "auto"])
+plans = pytest.mark.parametrize("tasks_at_once", [1, 2, 3, 7, None, "auto"])
 
 
 @pytest.mark.usefixtures("float64")
 @plans
 def test_every_plan_gives_the_mean_of_the_tasks(tasks_at_once):
     params, tasks = network_problem(5)
-    each = [FOMAML(params, one(tasks, i)) for i in range(5)]
+    each = [jax.jit(FOMAML)(params, one(tasks, i)) for i in range(5)]
     grads, info = jax.jit(fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once))(params, tasks)
     assert_close(grads, jax.tree.map(lambda *g: sum(g) / 5, *(g for g, _ in each)))
     assert_close(info, jax.tree.map(lambda *i: jnp.stack(i), *(i for _, i in each)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(num_tasks=st.integers(1, 9), tasks_at_once=st.integers(1, 10), seed=st.integers(0, 99))
 def test_plans_agree_for_any_number_of_tasks(num_tasks, tasks_at_once, seed):
     params, tasks = network_problem(num_tasks, seed)
-    grads, info = fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once)(params, tasks)
-    expected, reference = fj.over_tasks(FOMAML, tasks_at_once=None)(params, tasks)
+    run = lambda n: jax.jit(fj.over_tasks(FOMAML, tasks_at_once=n))(params, tasks)
+    (grads, info), (expected, reference) = run(tasks_at_once), run(None)
     assert_close(grads, expected, 1e-5)
     assert_close(info.query_loss, reference.query_loss, 1e-5)
 
@@ -45,7 +45,7 @@ def test_diverged_tasks_are_left_out_and_said(tasks_at_once, bad):
     params, tasks = network_problem(5)
     broken = jax.tree.map(lambda x: x.at[jnp.array([1, 4])].set(bad), tasks)
     healthy = jax.tree.map(lambda x: x[jnp.array([0, 2, 3])], tasks)
-    over_tasks = fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once)
+    over_tasks = jax.jit(fj.over_tasks(FOMAML, tasks_at_once=tasks_at_once))
     grads, info = over_tasks(params, broken)
     assert_close(grads, over_tasks(params, healthy)[0])
     assert info.finite.tolist() == [True, False, True, True, False]
