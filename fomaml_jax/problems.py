@@ -258,7 +258,10 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
             shots=chosen.train_shots,
             augment=augmentation(chosen),
         ),
-        validation=unseen("validation"),
+        # A small folder may have no classes to spare: training is then followed on its own.
+        validation=unseen(
+            "validation" if len(splits.validation.images) >= chosen.ways else "train"
+        ),
         test=unseen("test"),
         splits=splits,
     )

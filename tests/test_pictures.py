@@ -91,7 +91,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_nothing_behind(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pictures.save(Unfinished(), tmp_path / "curve.png")  # pyright: ignore
+        pictures.save(Unfinished(), tmp_path / "curve.png")
     assert not list(tmp_path.iterdir())
 
 
