@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -227,8 +228,8 @@ def _warn_of_infinite_curvature(optimizer: optax.GradientTransformation, params:
 
     with jax.ensure_compile_time_eval():
         curvature = jax.grad(total_update)(jax.tree.map(zero_and_one, params))
-    leaves = jax.tree.leaves(curvature)
-    if any(not isinstance(x, Tracer) and jnp.isnan(x).any() for x in leaves):
+    known = [x for x in jax.tree.leaves(curvature) if not isinstance(x, Tracer)]
+    if any(np.isnan(x).any() for x in known):
         warnings.warn(
             "this inner optimizer has an infinite derivative where a gradient is exactly zero, "
             "which makes second-order meta-gradients NaN: pass eps_root (optax.adam(rate, "

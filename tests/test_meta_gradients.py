@@ -209,10 +209,15 @@ def test_memory_is_flat_in_the_steps_for_first_order_alone():
 @pytest.mark.usefixtures("standard_promotion")
 def test_second_order_through_adam_warns_unless_it_has_eps_root():
     params, tasks = network_problem(1)
+
+    def run(optimizer):
+        return jax.jit(fj.maml(network, optimizer, 1))(params, one(tasks))
+
     with pytest.warns(UserWarning, match="eps_root"):
-        fj.maml(network, optax.adam(0.05), 1)(params, one(tasks))
+        run(optax.adam(0.05))
     for optimizer in (optax.adam(0.05, eps_root=1e-8), optax.sgd(0.1), OPTIMIZERS["clipped"]()):
-        fj.maml(network, optimizer, 1)(params, one(tasks))  # a warning would be an error
+        run(optimizer)  # a warning would be an error
+    jax.jit(lambda rate: run(optax.adam(rate, eps_root=1e-8)))(0.1)  # a rate that is traced
 
 
 @pytest.mark.usefixtures("standard_promotion")

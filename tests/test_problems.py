@@ -241,60 +241,59 @@ def test_the_outer_rate_decays_to_a_hundredth():
     assert rates == sorted(rates, reverse=True)
 
 
-# The tasks.
+# The tasks: what is asked of `episodes`, whose own tests show what it gives.
 
 
-def white(classes):
-    return classes._replace(images=np.full_like(classes.images, 255))
-
-
-def test_only_training_pictures_are_shifted():
-    built = build(splits=Splits(*map(white, SPLITS)))
-    darkest = [np.min(sample(tasks).query[0]) for tasks in (built.train, built.test)]
-    assert darkest == [0, 1]
-
-
-def pictures_of(sample_task, num_tasks=8):
-    tasks = [sample(sample_task, jax.random.fold_in(KEY, i)) for i in range(num_tasks)]
-    images = np.concatenate([np.asarray(x).reshape(-1, SIZE, SIZE, 1) for t in tasks for x, _ in t])
-    return {np.round(255 * x).astype(np.uint8).tobytes() for x in images}
-
-
-def in_split(classes, turns=(0,)):
-    images = classes.images.reshape(-1, SIZE, SIZE, 1)
-    return {np.rot90(x, k).tobytes() for x in images for k in turns}
+def asked(chosen, splits=SPLITS):
+    """The problem with the arguments of `episodes` in place of each distribution."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(problems, "episodes", lambda images, **kwargs: {"images": images} | kwargs)
+        return build(chosen, splits)
 
 
 def test_each_split_gives_its_own_tasks():
-    built = build(dataclasses.replace(CHOSEN, shift=0))
-    tasks = (built.train, built.validation, built.test)
-    for sample_task, classes in zip(tasks, SPLITS, strict=True):
-        assert pictures_of(sample_task) <= in_split(classes)
+    built = asked(CHOSEN)
+    for tasks, classes in zip((built.train, built.validation, built.test), SPLITS, strict=True):
+        assert tasks["images"] is classes.images
+        assert tasks["counts"] is classes.counts
 
 
-def test_omniglot_is_turned_into_four_times_the_classes_to_train_on():
-    built = build(options.Omniglot(ways=WAYS, queries=QUERIES, width=4, shift=0, train_ways=24))
-    assert built.splits is not None
-    train, _, test = built.splits
-    assert len(train.images) == len(train.counts) == len(set(train.names)) == 4 * 6
-    assert len(test.images) == 7
-    assert ways_of(built.train) == 4 * 6
-    turned = pictures_of(built.test) - in_split(SPLITS.test)
-    assert turned
-    assert turned <= in_split(SPLITS.test, turns=(1, 2, 3))
-
-
-def ways_of(sample_task):
-    labels = set(np.asarray(sample(sample_task).query[1]).tolist())
-    assert labels == set(range(len(labels)))
-    return len(labels)
+def test_training_is_followed_on_its_own_classes_where_there_are_none_to_spare():
+    few = ImageClasses(SPLITS.test.images[:2], SPLITS.test.counts[:2], ("a", "b"))
+    built = asked(CHOSEN, SPLITS._replace(validation=few))
+    assert built.validation["images"] is SPLITS.train.images
 
 
 def test_training_episodes_have_ways_and_shots_of_their_own():
-    built = build(dataclasses.replace(CHOSEN, train_ways=2, train_shots=3))
-    assert ways_of(built.train) == 2
-    assert [len(labels) for _, labels in sample(built.train)] == [2 * 3, 2 * QUERIES]
-    assert [len(labels) for _, labels in sample(built.test)] == [WAYS, WAYS * QUERIES]
+    built = asked(dataclasses.replace(CHOSEN, train_ways=4, train_shots=3, shots=2, queries=1))
+    episodes = {"train": built.train, "validation": built.validation, "test": built.test}
+    assert {n: (e["ways"], e["shots"], e["queries"]) for n, e in episodes.items()} == {
+        "train": (4, 3, 1),
+        "validation": (WAYS, 2, 1),
+        "test": (WAYS, 2, 1),
+    }
+
+
+def test_only_training_pictures_are_shifted():
+    built = asked(dataclasses.replace(CHOSEN, shift=3))
+    image = jnp.arange(SIZE**2.0).reshape(SIZE, SIZE, 1)
+    expected = fj.tasks.random_shift(3)(KEY, image)
+    np.testing.assert_array_equal(built.train["augment"](KEY, image), expected)
+    assert not built.validation.get("augment")
+    assert not built.test.get("augment")
+    assert not asked(dataclasses.replace(CHOSEN, shift=0)).train["augment"]
+
+
+def test_omniglot_is_turned_into_four_times_the_classes_to_train_on():
+    built = asked(options.Omniglot(ways=WAYS, queries=QUERIES, width=4, train_ways=24))
+    assert built.splits is not None
+    train, _, test = built.splits
+    turned = np.concatenate([np.rot90(SPLITS.train.images, k, (2, 3)) for k in range(4)])
+    np.testing.assert_array_equal(train.images, turned)
+    assert built.train["images"] is train.images
+    assert len(train.counts) == len(set(train.names)) == 4 * 6
+    assert test is SPLITS.test
+    assert (built.train.get("rotations", False), built.test["rotations"]) == (False, True)
 
 
 @pytest.mark.parametrize(("classes", "ways"), [(6, 6), (20, 20), (30, 20)])
@@ -303,9 +302,9 @@ def test_training_ways_are_twenty_where_there_are_as_many(classes, ways):
 
 
 REFUSED = {
-    "more ways than validation classes": (
-        {"ways": 6},
-        "validation split: ways=6 is more than the 5 classes there are",
+    "more ways than classes": (
+        {"ways": 7},
+        "train split: ways=7 is more than the 6 classes there are",
     ),
     "more training ways than classes": (
         {"train_ways": 7},
@@ -339,7 +338,7 @@ def test_sine_waves_are_regressed_with_clipped_steps():
     assert built.start(built.params) is built.params
     assert len(task.support[0]) == 4
     assert len(task.query[0]) == 100
-    assert len(sample(built.train).query[0]) == chosen.queries
+    assert len(jax.eval_shape(built.train, KEY).query[0]) == chosen.queries
     x, y = map(np.asarray, task.query)
     error = np.mean((np.asarray(jax.jit(built.predict)(built.params, x)) - y) ** 2)
     np.testing.assert_allclose(jax.jit(built.metric_fn)(built.params, (x, y)), error, rtol=1e-5)

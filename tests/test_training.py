@@ -60,20 +60,10 @@ def plain_loop(num_tasks):
     return seen
 
 
-@pytest.mark.parametrize("num_tasks", [3, 4])
-def test_training_is_a_plain_loop(num_tasks):
-    trained = run(tasks_per_step=num_tasks)
-    expected = plain_loop(num_tasks)
-    for (params, row), (reference, loss, norm) in zip(trained, expected, strict=True):
+def test_training_is_a_plain_loop():
+    for (params, row), (reference, loss, norm) in zip(run(), plain_loop(4), strict=True):
         assert_close(params, reference, 1e-5)
         np.testing.assert_allclose([row["loss"], row["grad_norm"]], [loss, norm], rtol=1e-5)
-
-
-def test_training_learns():
-    start, end = PARAMS, run(steps=200, optimizer=optax.adam(0.01))[-1][0]
-    tasks = jax.vmap(SAMPLE)(jax.random.split(jax.random.key(9), 100))
-    judge = jax.jit(lambda params: jax.vmap(lambda task: FOMAML(params, task)[1].query_loss)(tasks))
-    assert judge(end).mean() < 0.8 * judge(start).mean()
 
 
 def test_neither_devices_nor_tasks_at_once_change_the_numbers(monkeypatch):
