@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from fomaml_jax import refusals
 from fomaml_jax.types import AdaptInfo, Batch, LossFn, Params
@@ -33,6 +32,9 @@ def adapt(
     parameters with respect to `params` is the identity. Numbers that the optimizer itself was made
     from (a learned rate) keep their gradient. With `first_order=False` nothing is stopped.
 
+    Inside a `jax.shard_map` of your own pass it `check_vma=False`: with its default, `jax.grad`
+    takes replicated parameters for shared ones and sums inner gradients over the devices.
+
     The optimizer state starts afresh. Keep parameters in float32 even where the loss computes in
     bfloat16: small updates vanish in bfloat16 sums.
 
@@ -42,8 +44,8 @@ def adapt(
         support: any pytree whose leaves lead with the example axis.
         optimizer: any optax transformation. One that needs the loss (Polyak steps, line searches)
             is given `value`, `grad` and `value_fn`.
-        num_steps: at least 0. May be traced, one per task under `vmap` too; the result can then
-            not be differentiated in reverse.
+        num_steps: at least 0. May be a JAX integer, traced or not, and one per task under `vmap`;
+            the result can then not be differentiated in reverse.
         first_order: whether to treat the inner gradients as constants.
         has_aux: whether `loss_fn` returns a pair.
         unroll: how many steps to unroll in the compiled loop, as in `jax.lax.scan`.
@@ -94,7 +96,7 @@ def adapt(
         return (optax.apply_updates(theta, updates), state), AdaptInfo(value, aux)
 
     start = (jax.tree.map(jnp.asarray, params), optimizer.init(stop(params)))
-    loop = _traced_loop if isinstance(num_steps, Tracer) else _scan
+    loop = _traced_loop if isinstance(num_steps, jax.Array) else _scan
     (adapted, _), info = loop(step, start, num_steps, unroll)
     return adapted, info
 

@@ -44,8 +44,8 @@ class Evaluate:
 
     run: Positional[Path]
     """The folder that training wrote."""
-    eval_tasks: int = 1000
-    """Unseen tasks."""
+    eval_tasks: int | None = None
+    """Unseen tasks; as many as in the run unless given."""
     eval_steps: int | None = None
     """Steps of adaptation, reported one by one; the run's unless given."""
     seed: int | None = None

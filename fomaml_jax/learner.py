@@ -61,7 +61,9 @@ def meta_learner(
 
     Args:
         meta_gradient: `(params, tasks) -> (mean grads, TaskInfo)`: the result of `over_tasks`.
-        optimizer: any optax transformation.
+        optimizer: any optax transformation. One that needs the loss (a plateau schedule, Polyak
+            steps) is given `value` and `grad`; a line search, which needs new values of the loss,
+            has none to ask for here.
 
     Returns:
         A `MetaLearner`.
@@ -96,9 +98,12 @@ def meta_learner(
                 "meta_gradient is one for a single task (its query_loss has shape "
                 f"{info.query_loss.shape}, not [tasks]); wrap it: over_tasks(meta_gradient)"
             )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        seen = _step_info(grads, info)
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, state.opt_state, state.params, value=seen.loss, grad=grads
+        )
         params = optax.apply_updates(state.params, updates)
-        return MetaState(params, opt_state, state.step + 1), _step_info(grads, info)
+        return MetaState(params, opt_state, state.step + 1), seen
 
     return MetaLearner(init, step)
 

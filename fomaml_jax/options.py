@@ -112,7 +112,10 @@ class Omniglot(ImageOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folder(ImageOptions):
-    """Your own pictures: one folder a class, or train/ and test/ folders of such."""
+    """Your own pictures: one folder a class, or train/ and test/ folders of such.
+
+    With fewer validation classes than ways, training is followed on its own classes.
+    """
 
     path: Path
     """The folder."""

@@ -41,7 +41,8 @@ def over_tasks(
             all; `"auto"` is one on CPU, where a single task stays in cache, and all elsewhere.
         on_nonfinite: `"skip"` takes the mean over the tasks whose `TaskInfo.finite` is true (zero
             if there is none), so that one diverged task cannot poison a step; `TaskInfo.finite`
-            says which were left out. `"propagate"` takes the mean over all.
+            says which were left out. Values are protected, not derivatives of the mean gradient.
+            `"propagate"` takes the mean over all.
         mesh: shards the tasks over all axes of this mesh: each device runs its own, and one
             all-reduce joins the gradients. Their number must be a multiple of the mesh's size. On
             CPU set `jax.config.update("jax_num_cpu_devices", os.cpu_count())` first: a scan over
@@ -91,6 +92,8 @@ def over_tasks(
 
     def checked(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
         num_tasks = refusals.check_task_axis(tasks)
+        refusals.check_params(params)
+        params = jax.tree.map(jnp.asarray, params)
         _warn_of_native_convolutions(meta_gradient, params, tasks)
         if mesh is None:
             return mean_meta_gradient(params, tasks)

@@ -25,10 +25,10 @@ def check_params(params: Params) -> None:
                 f"{where} is a {type(leaf).__name__}, not an array; split the model into arrays "
                 "and the rest first (equinox.partition, nnx.split)"
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"{where} has dtype {leaf.dtype}, which has no gradient; pass floating-point "
-                "parameters and keep integers in the batch or in a closure"
+                f"{where} has dtype {leaf.dtype}, not a real floating-point one; pass "
+                "floating-point parameters and keep the rest in the batch or in a closure"
             )
 
 
@@ -46,11 +46,11 @@ def check_batch(name: str, batch: Batch) -> None:
 
 
 def check_num_steps(num_steps: Any) -> int | jax.Array:
-    """Returns `num_steps` as a Python int, or untouched if it is traced."""
-    if isinstance(num_steps, Tracer):
+    """Returns `num_steps` as a Python int, or as an int32 scalar if it is a JAX array."""
+    if isinstance(num_steps, jax.Array):
         if num_steps.ndim or not jnp.issubdtype(num_steps.dtype, jnp.integer):
-            raise TypeError(f"num_steps must be an integer scalar, got {num_steps.aval}")
-        return num_steps
+            raise TypeError(f"num_steps must be an integer scalar, got {jax.typeof(num_steps)}")
+        return num_steps.astype(jnp.int32)
     try:
         steps = operator.index(num_steps)
     except TypeError:
@@ -96,7 +96,11 @@ def checked_loss(loss_fn: LossFn, has_aux: bool):
             )
         loss: Any
         loss, aux = out if has_aux else (out, None)
-        if np.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        if (
+            loss is None
+            or np.shape(loss) != ()
+            or not jnp.issubdtype(jnp.result_type(loss), jnp.floating)
+        ):
             raise ValueError(
                 f"loss_fn must return a real scalar, got {_describe(loss)}; "
                 "take the mean over the examples"

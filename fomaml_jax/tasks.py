@@ -263,8 +263,12 @@ def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
         raise ValueError(f"ways={ways} is more than the {images.shape[0]} classes there are")
     if counts is not None and np.shape(counts) != images.shape[:1]:
         raise ValueError(f"counts must be [{images.shape[0]}], got shape {np.shape(counts)}")
+    if counts is not None and np.max(counts) > images.shape[1]:
+        raise ValueError(
+            f"counts says {np.max(counts)} examples, but images has {images.shape[1]} a class"
+        )
     fewest = images.shape[1] if counts is None else int(np.min(counts))
-    if shots + queries > fewest or fewest > images.shape[1]:
+    if shots + queries > fewest:
         raise ValueError(
             f"shots={shots} plus queries={queries} is more than the {fewest} examples of the "
             "smallest class; ask for fewer, or leave that class out"

@@ -30,8 +30,8 @@ class AdaptInfo(NamedTuple):
     """What the inner loop saw.
 
     Attributes:
-        losses: `[num_steps]`, the support loss before each step. Where `num_steps` is traced, so
-            that no shape can hold it, `[2]`: before the first and before the last step (NaN if
+        losses: `[num_steps]`, the support loss before each step. Where `num_steps` is a JAX
+            array, which no shape can hold, `[2]`: before the first and before the last step (NaN if
             there was none).
         aux: the loss function's aux output, stacked in the same way; `None` without `has_aux`.
     """

@@ -156,6 +156,7 @@ IMAGES = np.zeros((5, 4, 2, 3, 1))
         ({"shots": 3, "queries": 2}, "shots=3 plus queries=2 is more than the 4 examples"),
         ({"counts": np.array([4, 4, 4, 4, 1])}, "more than the 1 examples of the smallest class"),
         ({"counts": np.array([4, 4])}, r"counts must be \[5\], got shape \(2,\)"),
+        ({"counts": np.array([4, 4, 4, 4, 9])}, "counts says 9 examples, but images has 4 a class"),
         ({"rotations": True}, "rotations need square pictures"),
     ],
 )
