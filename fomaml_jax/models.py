@@ -59,11 +59,12 @@ def conv4(
         ways: outputs of the linear head.
         width: channels of every block.
         pooling: `"stride"` halves the size by strided convolutions (Omniglot in the MAML paper),
-            `"max"` by 2x2 max-pooling (miniImageNet), which costs about 3.7 times as much.
+            `"max"` by 2x2 max-pooling (miniImageNet), with 3.7 times the
+            multiplications.
         features: what the head sees: the last block's output flattened; its spatial `"mean"`, as
             in the MAML authors' Omniglot code; or flattened, without the last ReLU, and
-            `"scaled"` to norm `sqrt(D)` for each image, with a head that starts at zero. The last
-            makes one head rate fit every image and class, and gains several points.
+            `"scaled"` to norm `sqrt(D)` for each image, with a head that starts at zero, so that
+            one head rate fits every image.
 
     Returns:
         A Flax module `[images, height, width, channels] -> [images, ways]`. Its convolutions are

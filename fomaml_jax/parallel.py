@@ -57,8 +57,8 @@ def over_tasks(
             devices of the mesh.
 
     Warns:
-        UserWarning: on CPU, where the per-task function holds native convolutions, which are 10 to
-            20 times slower there than `matmul_convolutions`.
+        UserWarning: on CPU, where the per-task function holds native convolutions, which are
+            several times slower there than with `matmul_convolutions`.
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
@@ -164,7 +164,7 @@ def together(fn: Callable[[Any], Any], tasks: Any) -> Any:
 
 
 def _resolve(tasks_at_once: TasksAtOnce, num_tasks: int) -> int:
-    """One after another on CPU, where a scan is 2 to 2.5 times faster; all at once elsewhere."""
+    """One after another on CPU, where one task stays in cache; all at once elsewhere."""
     if tasks_at_once == "auto":
         return 1 if jax.default_backend() == "cpu" else num_tasks
     return tasks_at_once or num_tasks
@@ -187,7 +187,7 @@ def _warn_of_native_convolutions(meta_gradient: MetaGradient, params: Params, ta
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     if native_convolutions(jax.make_jaxpr(meta_gradient)(params, one_task)):
         warnings.warn(
-            "this loss holds native convolutions, which are 10 to 20 times slower on CPU when "
+            "this loss holds native convolutions, which are several times slower on CPU when "
             "batched over tasks or run in a loop: wrap it, matmul_convolutions(loss_fn)",
             stacklevel=3,
         )

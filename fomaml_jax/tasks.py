@@ -217,7 +217,7 @@ def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:
     """`count` of `range(population)` without replacement, in random order.
 
     Floyd's algorithm: the cost depends on `count` alone, where sorting a population of thousands
-    costs as much as adapting to a small task. `population` may be traced.
+    can take as long as a good part of a step of adaptation. `population` may be traced.
 
     References:
         Bentley, Floyd, `A Sample of Brilliance <https://doi.org/10.1145/30401.315746>`_, 1987.

@@ -32,3 +32,11 @@ def omniglot_folder():
     if not (folder / "images_background.zip").is_file():
         pytest.skip("needs $FOMAML_JAX_DATA with Omniglot in it")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For tests whose time is compilation: few optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from problems import assert_close, network, network_problem, one
 
@@ -84,3 +85,15 @@ def test_learns_what_a_quadratic_has_to_teach():
         lambda s, _: learner.step(s, tasks), learner.init(jnp.zeros(2)), length=40
     )
     assert_close(state.params, centres.mean(0), 1e-5)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_outer_optimizer_that_needs_the_loss():
+    """A plateau that nothing leaves must shrink the rate: it saw the loss."""
+    params, tasks = network_problem(4)
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=1.0)
+    learner = fj.meta_learner(META_GRADIENT, optax.chain(optax.sgd(0.1), plateau))
+    state = learner.init(params)
+    for _ in range(5):
+        state, _ = learner.step(state, tasks)
+    assert float(optax.tree.get(state.opt_state, "scale")) < 1

@@ -8,12 +8,7 @@ import pytest
 import fomaml_jax as fj
 from fomaml_jax.models import BatchStatistics, max_pool
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def draw(*shape, seed=0):

@@ -12,14 +12,9 @@ import fomaml_jax as fj
 from fomaml_jax import options, pictures, problems, runs
 from fomaml_jax.pictures import ACCENT, INK, RIGHT, WRONG
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pixels(path):

@@ -13,16 +13,11 @@ import fomaml_jax as fj
 from fomaml_jax import datasets, options, problems
 from fomaml_jax.datasets import ImageClasses, Splits
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 WAYS, QUERIES, SIZE = 3, 2, 16
 CHOSEN = options.Glyphs(ways=WAYS, train_ways=WAYS, queries=QUERIES, width=4)
 KEY = jax.random.key(5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def noise(classes, examples=5, seed=0):

@@ -13,6 +13,8 @@ import fomaml_jax as fj
 from fomaml_jax import training
 from fomaml_jax.tasks import task_keys
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(3)
 SAMPLE = fj.tasks.sinusoid(shots=3, queries=4)
 FOMAML = fj.fomaml(network, optax.sgd(0.05), 2)
@@ -20,13 +22,6 @@ PARAMS, _ = network_problem(1)
 STEPS = 3
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def outer():
