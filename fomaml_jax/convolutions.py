@@ -12,6 +12,8 @@ from jax import lax
 from jax.extend import core, linear_util
 from jax.extend.core import primitives
 
+from fomaml_jax.convolution_primitives import Geometry, convolve
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -261,41 +263,19 @@ def _matmul_convolution(
     out_channels, in_channels, *window = dimension_numbers.rhs_spec
     images = lax.transpose(images, _channels_last(dimension_numbers.lhs_spec))
     kernel = lax.transpose(kernel, (*window, in_channels, out_channels))
-    zero = lax.full_like(images, 0, shape=())
-    unpadded = (0, 0, 0)
-    images = lax.pad(images, zero, [unpadded, *((*pad, 0) for pad in padding), unpadded])
-    patches = _patches(images, kernel.shape[:-2], window_strides, rhs_dilation)
-    # Two plain matrices: with more axes XLA:CPU takes half as long again.
-    product = lax.dot(
-        lax.reshape(patches, (math.prod(patches.shape[:-1]), patches.shape[-1])),
-        lax.reshape(kernel, (patches.shape[-1], kernel.shape[-1])),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
+    geometry = Geometry(
+        images.shape[1:-1],
+        kernel.shape[:-2],
+        window_strides,
+        padding,
+        rhs_dilation,
+        precision,
+        preferred_element_type,
     )
-    product = lax.reshape(product, (*patches.shape[:-1], kernel.shape[-1]))
+    product = convolve(images, kernel, geometry)
     return lax.transpose(product, np.argsort(_channels_last(dimension_numbers.out_spec)))
 
 
 def _channels_last(spec: Sequence[int]) -> tuple[int, ...]:
     batch, channels, *spatial = spec
     return batch, *spatial, channels
-
-
-def _patches(
-    images: jax.Array,
-    window: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilation: tuple[int, ...],
-) -> jax.Array:
-    """What the window sees: `[N, *spatial, C]` -> `[N, *positions, offsets * C]`."""
-    batch, *spatial, channels = images.shape
-
-    def seen_at(offset):
-        starts = np.multiply(offset, dilation)
-        # The last start leaves room for what remains of the window.
-        remaining = np.multiply(np.subtract(window, 1), dilation) - starts
-        limits = np.subtract(spatial, remaining)
-        return lax.slice(images, (0, *starts, 0), (batch, *limits, channels), (1, *strides, 1))
-
-    slices = [seen_at(offset) for offset in np.ndindex(*window)]
-    return lax.concatenate(slices, dimension=images.ndim - 1)
