@@ -12,6 +12,7 @@ from jax import lax
 from jax.extend import core, linear_util
 from jax.extend.core import primitives
 
+from fomaml_jax import pooling
 from fomaml_jax.convolution_primitives import Geometry, convolve
 
 P = ParamSpec("P")
@@ -100,7 +101,9 @@ def matmul_convolutions(fn: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(fn)
     def rewritten(*args: P.args, **kwargs: P.kwargs) -> R:
         jaxpr, arrays, rebuild = _trace(fn, args, kwargs)
-        return rebuild(core.jaxpr_as_fun(_rewritten(jaxpr))(*arrays))
+        if native_convolutions(jaxpr):
+            jaxpr = _rewritten(jaxpr)
+        return rebuild(core.jaxpr_as_fun(jaxpr)(*arrays))
 
     return rewritten
 
@@ -114,8 +117,13 @@ def native_convolutions(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
     Returns:
         Their number in the program text: a convolution in a loop counts once.
     """
+    return _count(_is_plain_convolution, jaxpr)
+
+
+def _count(predicate: Callable[[core.JaxprEqn], bool], jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
     return sum(
-        _is_eligible(equation) + sum(map(native_convolutions, _inner_jaxprs(equation)))
+        predicate(equation)
+        + sum(_count(predicate, inner) for inner in _inner_jaxprs(equation))
         for equation in jaxpr.eqns
     )
 
@@ -158,8 +166,8 @@ _known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _rewritten(jaxpr: Any) -> Any:
-    """The jaxpr with its convolutions as matrix products; itself where it holds none."""
-    if not native_convolutions(jaxpr):
+    """The jaxpr with its convolutions and pooling exchanged; itself where it holds none."""
+    if not _count(_is_eligible, jaxpr):
         return jaxpr
     if jaxpr not in _known:
         equations = [_rewritten_equation(equation) for equation in jaxpr.eqns]
@@ -176,8 +184,8 @@ def _with_equations(jaxpr: Any, equations: list[core.JaxprEqn]) -> Any:
 
 def _rewritten_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
     if _is_eligible(equation):
-        return _matmul_equation(equation)
-    if not any(map(native_convolutions, _inner_jaxprs(equation))):
+        return _exchanged(equation)
+    if not any(_count(_is_eligible, inner) for inner in _inner_jaxprs(equation)):
         return equation
     parameters = {
         name: _REWRITTEN_RULES.get(name, _rewritten_parameter)(value)
@@ -222,6 +230,14 @@ def _inner_jaxprs(equation: core.JaxprEqn) -> Iterable[core.Jaxpr]:
 
 
 def _is_eligible(equation: core.JaxprEqn) -> bool:
+    return (
+        _is_plain_convolution(equation)
+        or pooling.is_max_over_windows(equation)
+        or pooling.is_tiled_window(equation)
+    )
+
+
+def _is_plain_convolution(equation: core.JaxprEqn) -> bool:
     if equation.primitive is not primitives.conv_general_dilated_p:
         return False
     parameters = equation.params
@@ -237,14 +253,29 @@ def _is_eligible(equation: core.JaxprEqn) -> bool:
     )
 
 
-def _matmul_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
+def _exchanged(equation: core.JaxprEqn) -> core.JaxprEqn:
     """A call of a jitted function: one equation for one, so that nothing else has to change."""
-    parameters = {name: equation.params[name] for name in _KEPT_PARAMETERS}
-    convolution = functools.partial(_matmul_convolution, **parameters)
     with jax.disable_jit(False):
-        traced = jax.make_jaxpr(convolution)(*(operand.aval for operand in equation.invars))
+        traced = jax.make_jaxpr(_equal_function(equation))(*(x.aval for x in equation.invars))
     (call,) = traced.eqns
     return equation.replace(primitive=call.primitive, params=call.params)
+
+
+def _equal_function(equation: core.JaxprEqn) -> Callable[..., jax.Array]:
+    parameters = equation.params
+    if equation.primitive is primitives.conv_general_dilated_p:
+        kept = {name: parameters[name] for name in _KEPT_PARAMETERS}
+        return functools.partial(_matmul_convolution, **kept)
+    if equation.primitive is primitives.reduce_max_p:
+        return functools.partial(_max_over_windows, axes=parameters["axes"])
+    is_max = equation.primitive is primitives.reduce_window_max_p
+    function = _max_of_tiles if is_max else _sum_of_tiles
+    return functools.partial(function, window=parameters["window_dimensions"])
+
+
+_max_over_windows = jax.jit(pooling.max_over_windows, static_argnames="axes")
+_max_of_tiles = jax.jit(pooling.max_of_tiles, static_argnames="window")
+_sum_of_tiles = jax.jit(pooling.sum_of_tiles, static_argnames="window")
 
 
 @functools.partial(jax.jit, static_argnames=_KEPT_PARAMETERS)

@@ -201,8 +201,14 @@ def _inner_loop(loss_fn, optimizer, num_steps, has_aux, unroll, *, first_order=T
 
 
 def _task_info(value: jax.Array, inner: AdaptInfo, grads: Params, aux: Any) -> TaskInfo:
-    finite = [jnp.isfinite(value), *(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))]
-    return TaskInfo(value, inner.losses, jnp.stack(finite).all(), aux)
+    finite = jnp.stack([jnp.isfinite(value), *map(_all_finite, jax.tree.leaves(grads))]).all()
+    return TaskInfo(value, inner.losses, finite, aux)
+
+
+def _all_finite(x: jax.Array) -> jax.Array:
+    # By the extremes, which NaN passes through: `isfinite(x).all()` is an eighth of a small task's
+    # time on CPU, where it writes a boolean for every element first.
+    return jnp.isfinite(x.max(initial=0)) & jnp.isfinite(x.min(initial=0))
 
 
 def _check_task(task: Task) -> None:
