@@ -57,8 +57,14 @@ def matmul_convolutions(fn: Callable[P, R]) -> Callable[P, R]:
     convolutions, which are slow on every backend, above all backwards (jax issues 13800 and 26568);
     and inside `jax.lax.scan` or `jax.lax.map` XLA:CPU runs the gradient of any convolution on a
     slow path (jax issue 12868). Matrix products stay fast in both places. The price is memory: the
-    patches are `offsets` times as large as the images. Where one kernel is shared by all examples
-    and nothing loops, native convolutions are the better choice.
+    patches are `offsets / prod(strides)` times as large as the images. So on CPU, where a kernel
+    belongs to one task and float32 patches would be more than four times as large (3 x 3 windows
+    at stride 1), the product is left to XLA's own convolution, which packs patches as it
+    multiplies: forwards and, in forms that stay fast in loops, backwards.
+
+    Maximum and average pooling over windows that do not overlap (by `lax.reduce_window`, or by
+    reshape and maximum) is exchanged along with the convolutions, for the same values and
+    derivatives at less cost backwards.
 
     Apply it to the loss or to the network, before `jax.grad` and `jax.vmap`: they would put
     transposed and grouped convolutions in the place of plain ones.
@@ -122,8 +128,7 @@ def native_convolutions(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
 
 def _count(predicate: Callable[[core.JaxprEqn], bool], jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
     return sum(
-        predicate(equation)
-        + sum(_count(predicate, inner) for inner in _inner_jaxprs(equation))
+        predicate(equation) + sum(_count(predicate, inner) for inner in _inner_jaxprs(equation))
         for equation in jaxpr.eqns
     )
 

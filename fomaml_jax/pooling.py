@@ -56,7 +56,7 @@ def max_over_windows(x: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
 
 
 def max_of_tiles(x: jax.Array, *, window: tuple[int, ...]) -> jax.Array:
-    """`lax.reduce_window` with `lax.max`; the first of equal maxima has the derivative, as there."""
+    """`lax.reduce_window` with `lax.max`; the first of equal maxima has the derivative."""
     return _max(*_tiled(x, window), True)
 
 
@@ -69,7 +69,8 @@ def sum_of_tiles(x: jax.Array, *, window: tuple[int, ...]) -> jax.Array:
 def _tiled(x: jax.Array, window: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
     """Gives every window axis a place of its own; what is over at the end is left out."""
     counts = [size // width for size, width in zip(x.shape, window, strict=True)]
-    x = lax.slice(x, (0,) * x.ndim, np.multiply(counts, window))
+    limits = [count * width for count, width in zip(counts, window, strict=True)]
+    x = lax.slice(x, (0,) * x.ndim, limits)
     shape = itertools.chain.from_iterable(
         (count, width) if width > 1 else (count,)
         for count, width in zip(counts, window, strict=True)

@@ -1,0 +1,134 @@
+"""The three operations of a convolution, in every form they take, against JAX's own convolution."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from fomaml_jax.convolution_primitives import Geometry, convolve
+
+STRIDES = [(1, 1), (2, 1), (1, 2), (2, 2)]
+PADDINGS = [((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (-1, 3))]
+# Few and many channels, odd and even widths, less than a tile of examples and more than two.
+IMAGES = [(2, 6, 9, 3), (11, 7, 8, 9)]
+
+
+def array(*shape, seed=0, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def native(images, kernel, geometry):
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        geometry.strides,
+        geometry.padding,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def problem(shape, out_channels, strides=(1, 1), padding=PADDINGS[0], dilation=(1, 1), dtype=None):
+    images = array(*shape, dtype=dtype)
+    kernel = array(3, 3, shape[-1], out_channels, seed=1, dtype=dtype)
+    return images, kernel, Geometry(shape[1:-1], (3, 3), strides, padding, dilation)
+
+
+def value_and_transposes(fn, images, kernel):
+    value, transpose = jax.vjp(fn, images, kernel)
+    return value, *transpose(array(*value.shape, seed=2, dtype=value.dtype))
+
+
+def assert_close(ours, theirs, tolerance):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(one / scale, other / scale, atol=tolerance)
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize(("shape", "out_channels"), list(itertools.product(IMAGES, (4, 64))))
+@pytest.mark.parametrize("dilation", [(1, 1), (1, 2)])
+def test_every_form_agrees_with_the_native_convolution(shape, out_channels, dilation):
+    def both(geometry):
+        ours = functools.partial(convolve, geometry=geometry)
+        return ours, functools.partial(native, geometry=geometry)
+
+    for strides, padding in itertools.product(STRIDES, PADDINGS):
+        images, kernel, geometry = problem(shape, out_channels, strides, padding, dilation)
+        ours, theirs = (
+            jax.jit(functools.partial(value_and_transposes, fn)) for fn in both(geometry)
+        )
+        assert_close(ours(images, kernel), theirs(images, kernel), 1e-5)
+        assert geometry.positions == theirs(images, kernel)[0].shape[1:-1]
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_third_derivatives_agree(float64, strides):
+    images, kernel, geometry = problem((2, 4, 5, 2), 3, strides, dtype=np.float64)
+
+    def third(fn):
+        def loss(images, kernel):
+            return jnp.sum(jnp.sin(fn(images, kernel, geometry)))
+
+        def along(images, kernel):
+            return jnp.sum(jax.grad(loss, 1)(images, kernel) ** 2)
+
+        forwards = functools.partial(jax.jvp, jax.grad(along, (0, 1)), (images, kernel))
+        return forwards((jnp.cos(images), jnp.sin(kernel)))[1]
+
+    assert_close(third(convolve), third(native), 1e-12)
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0), (3, 2)])
+def test_derivatives_of_batches_agree(float64, axes):
+    def batched(fn, images, kernel, geometry):
+        def loss(images, kernel):
+            return jnp.sum(jnp.sin(fn(images, kernel, geometry)), (0, 1, 2, 3))
+
+        each = jax.vmap(jax.value_and_grad(loss, (0, 1)), axes)
+        all_of_them = jax.grad(lambda *args: jax.vmap(loss, axes)(*args).sum(), (0, 1))
+        return [*jax.tree.leaves(each(images, kernel)), *all_of_them(images, kernel)]
+
+    images, kernel, geometry = problem((2, 4, 5, 2), 3, dtype=np.float64)
+    stacked = [
+        x if axis is None else jnp.stack([x, 2 * x, -x], axis)
+        for x, axis in zip((images, kernel), axes, strict=True)
+    ]
+    ours, theirs = (batched(fn, *stacked, geometry) for fn in (convolve, native))
+    assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_kernels_of_tasks_never_make_grouped_convolutions(strides):
+    images, kernel, geometry = problem((2, 6, 8, 4), 5, strides)
+    kernels = jnp.stack([kernel, kernel])
+
+    def gradients(kernels):
+        return jax.grad(
+            lambda k: jnp.sum(jax.vmap(convolve, (None, 0, None))(images, k, geometry))
+        )(kernels)
+
+    text = jax.jit(gradients).lower(kernels).as_text()
+    assert "stablehlo.convolution" not in text
+    assert "dot_general" in text
+
+
+def test_one_kernel_for_all_stays_one_product():
+    images, kernel, geometry = problem((2, 6, 8, 4), 5, (2, 2))
+    many = jnp.stack([images, images, images])
+    each = jax.vmap(functools.partial(convolve, geometry=geometry), (0, None))
+    text = jax.jit(each).lower(many, kernel).as_text()
+    assert "(tensor<72x36xf32>, tensor<36x5xf32>)" in text
+
+
+@pytest.mark.parametrize(("strides", "count"), [((1, 1), 3), ((2, 2), 0)])
+def test_windows_that_overlap_much_stay_native_on_cpu(strides, count):
+    images, kernel, geometry = problem((2, 8, 8, 16), 64, strides)
+    run = functools.partial(value_and_transposes, functools.partial(convolve, geometry=geometry))
+    text = jax.jit(run).lower(images, kernel).as_text()
+    assert text.count("stablehlo.convolution") == count
