@@ -7,6 +7,7 @@ from fomaml_jax.evaluation import Evaluation, evaluate
 from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, meta_learner
 from fomaml_jax.meta_gradients import fomaml, maml, reptile
 from fomaml_jax.parallel import over_tasks
+from fomaml_jax.tuning import Plan, tune
 from fomaml_jax.types import AdaptInfo, Batch, LossFn, MetaGradient, Params, Task, TaskInfo
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MetaLearner",
     "MetaState",
     "Params",
+    "Plan",
     "StepInfo",
     "Task",
     "TaskInfo",
@@ -32,4 +34,5 @@ __all__ = [
     "over_tasks",
     "reptile",
     "tasks",
+    "tune",
 ]

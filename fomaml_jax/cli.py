@@ -81,6 +81,14 @@ def _use_every_core() -> None:
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
+def _keep_compiled_programs(folder: Path | None) -> None:
+    """Turns on JAX's persistent compilation cache, for all that takes noticeable time."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def _train(words: list[str]) -> None:
     # Options without a name are the default data set's; a lone --help is about all of them.
     if words[:1] in (["-h"], ["--help"]):
@@ -94,11 +102,12 @@ def _train(words: list[str]) -> None:
     with _refusing():
         options.check(chosen)
         runs.check_new(folder)
+        _keep_compiled_programs(chosen.compilation_cache)
         problem = problems.build(chosen)
         runs.create(folder)
     print(f"{name}, {chosen.setting}, into {folder}", file=sys.stderr)
     try:
-        result = experiment.train(chosen, problem, folder)
+        result = experiment.train(chosen, problem, folder, say=_say)
     except KeyboardInterrupt:
         _stop(f"interrupted; {folder} holds the parameters so far", INTERRUPTED)
     print(table(result))
@@ -117,12 +126,17 @@ def _evaluate(words: list[str]) -> None:
         if "path" in changes and not hasattr(chosen, "path"):
             raise ValueError(f"--path: {options.name_of(chosen)} has no data to look for")
         chosen = dataclasses.replace(chosen, **changes)
+        _keep_compiled_programs(chosen.compilation_cache)
         problem = problems.build(chosen)
         params = runs.load_parameters(asked.run, problem.params)
     try:
         print(table(experiment.evaluate(chosen, problem, params)))
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import platform
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import jax
 
 from fomaml_jax import baselines, options, pictures, problems, runs
 from fomaml_jax.evaluation import Evaluation
+from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.problems import Problem
-from fomaml_jax.training import meta_train
-from fomaml_jax.types import Params
+from fomaml_jax.training import meta_train, tune_training
+from fomaml_jax.types import MetaGradient, Params
 
 VALIDATIONS = 20
 """How often training is followed on validation tasks."""
@@ -38,8 +40,19 @@ class Keys:
         return cls(*jax.random.split(jax.random.key(seed), 3))
 
 
-def train(chosen: options.Options, problem: Problem, folder: Path) -> dict[str, Any]:
+def train(
+    chosen: options.Options,
+    problem: Problem,
+    folder: Path,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Meta-trains, evaluates on unseen tasks, and fills the run's folder.
+
+    Args:
+        chosen: the options.
+        problem: what they describe.
+        folder: where the run goes.
+        say: is given what a person who waits may want to read.
 
     Returns:
         What `result.json` holds.
@@ -50,7 +63,8 @@ def train(chosen: options.Options, problem: Problem, folder: Path) -> dict[str, 
     keys = Keys.of(chosen.seed)
     runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
     started = time.monotonic()
-    params = _meta_train(chosen, problem, folder, keys)
+    meta_gradient, tasks_at_once = _plan(chosen, problem, folder, keys, say)
+    params = _meta_train(chosen, problem, folder, keys, meta_gradient, tasks_at_once)
     seconds = time.monotonic() - started
     result = evaluate(chosen, problem, params) | {
         "baselines": _compare(chosen, problem, keys) if chosen.compare else {},
@@ -101,7 +115,14 @@ def last(judged: Evaluation) -> dict[str, float]:
     return {"mean": float(judged.mean[-1]), "ci95": float(judged.ci95[-1])}
 
 
-def _meta_train(chosen: options.Options, problem: Problem, folder: Path, keys: Keys) -> Params:
+def _meta_train(
+    chosen: options.Options,
+    problem: Problem,
+    folder: Path,
+    keys: Keys,
+    meta_gradient: MetaGradient,
+    tasks_at_once: TasksAtOnce,
+) -> Params:
     """First-order meta-training, followed on validation tasks, its parameters saved on the way."""
     validate = problems.judge_of(
         problem,
@@ -110,14 +131,14 @@ def _meta_train(chosen: options.Options, problem: Problem, folder: Path, keys: K
         num_tasks=VALIDATION_TASKS,
     )
     training = meta_train(
-        problem.meta_gradient,
+        meta_gradient,
         problem.train,
         problem.params,
         problem.outer(chosen.steps),
         keys.train,
         steps=chosen.steps,
         tasks_per_step=chosen.tasks_per_step,
-        tasks_at_once=problem.tasks_at_once,
+        tasks_at_once=tasks_at_once,
     )
     params, validations = problem.params, 0
     try:
@@ -132,6 +153,36 @@ def _meta_train(chosen: options.Options, problem: Problem, folder: Path, keys: K
     finally:
         runs.save_parameters(folder, params)
     return params
+
+
+def _plan(
+    chosen: options.Options,
+    problem: Problem,
+    folder: Path,
+    keys: Keys,
+    say: Callable[[str], None],
+) -> tuple[MetaGradient, TasksAtOnce]:
+    """How to run a step: as usual, or as measured if asked to."""
+    if not chosen.tune:
+        return problem.meta_gradient, problem.tasks_at_once
+    plan = tune_training(
+        problem.meta_gradient,
+        problem.train,
+        problem.params,
+        keys.train,
+        tasks_per_step=chosen.tasks_per_step,
+    )
+    say(str(plan))
+    runs.write_json(
+        folder / runs.PLAN,
+        {
+            "variant": plan.variant,
+            "tasks_at_once": plan.tasks_at_once,
+            "trials": [trial._asdict() for trial in plan.trials],
+            "versions": versions(),
+        },
+    )
+    return plan.meta_gradient, plan.tasks_at_once
 
 
 def _compare(chosen: options.Options, problem: Problem, keys: Keys) -> dict[str, dict[str, float]]:

@@ -1,6 +1,9 @@
 """The algorithms: what one task has to say about the shared parameters."""
 
+import dataclasses
+import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +14,37 @@ from jax.core import Tracer
 
 from fomaml_jax import refusals
 from fomaml_jax.adaptation import adapt
+from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.types import AdaptInfo, Batch, LossFn, MetaGradient, Params, Task, TaskInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class WithVariants:
+    """A per-task meta-gradient that can be had in other forms, for `tune` to choose among.
+
+    Attributes:
+        meta_gradient: what it computes when called.
+        variants: makes the forms by name; all compute the same numbers.
+    """
+
+    meta_gradient: MetaGradient
+    variants: Callable[[], dict[str, MetaGradient]]
+
+    def __call__(self, params: Params, task: Any) -> tuple[Params, TaskInfo]:
+        """`(params, task) -> (grads, TaskInfo)`."""
+        return self.meta_gradient(params, task)
+
+    def map(self, wrap: Callable[[MetaGradient], MetaGradient]) -> "WithVariants":
+        """The same around every form: a sampler before it, say."""
+        forms = self.variants
+        return WithVariants(
+            wrap(self.meta_gradient),
+            lambda: {name: wrap(form) for name, form in forms().items()},
+        )
+
+    def preferring(self, variant: str) -> "WithVariants":
+        """The same with another form to compute with."""
+        return WithVariants(self.variants()[variant], self.variants)
 
 
 def fomaml(
@@ -21,7 +54,7 @@ def fomaml(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
-) -> MetaGradient:
+) -> WithVariants:
     r"""First-order MAML for one task: the query gradient at the adapted parameters.
 
     .. math:: g = \nabla L_{query}(\theta_K), \quad \theta_K = \mathrm{adapt}(\theta, support)
@@ -62,7 +95,7 @@ def fomaml(
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(adapted, task.query)
         return grads, _task_info(value, inner, grads, aux)
 
-    return meta_gradient
+    return _variable(fomaml, meta_gradient, loss_fn, optimizer, num_steps, has_aux, unroll)
 
 
 def maml(
@@ -72,7 +105,7 @@ def maml(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
-) -> MetaGradient:
+) -> WithVariants:
     r"""Second-order MAML for one task: the derivative of the query loss through the inner loop.
 
     .. math:: g = \frac{d}{d\theta} L_{query}(\mathrm{adapt}(\theta, support))
@@ -125,7 +158,7 @@ def maml(
         (value, (inner, aux)), grads = jax.value_and_grad(after_adaptation, has_aux=True)(params)
         return grads, _task_info(value, inner, grads, aux)
 
-    return meta_gradient
+    return _variable(maml, meta_gradient, loss_fn, optimizer, num_steps, has_aux, unroll)
 
 
 def reptile(
@@ -135,7 +168,7 @@ def reptile(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
-) -> MetaGradient:
+) -> WithVariants:
     r"""Reptile for one task: the way from the adapted parameters back to the shared ones.
 
     .. math:: g = \theta - \theta_K, \quad \theta_K = \mathrm{adapt}(\theta, support)
@@ -176,7 +209,31 @@ def reptile(
         grads = jax.tree.map(jnp.subtract, params, adapted)
         return grads, _task_info(value, inner, grads, aux)
 
-    return meta_gradient
+    return _variable(reptile, meta_gradient, loss_fn, optimizer, num_steps, has_aux, unroll)
+
+
+# Longer loops are not unrolled: compile time grows with them, and nothing else is gained.
+_MAX_UNROLLED = 10
+
+
+def _variable(algorithm, meta_gradient, loss_fn, optimizer, num_steps, has_aux, unroll):
+    """Lets `tune` try the algorithm with its convolutions and its loop in their other forms."""
+
+    def variants() -> dict[str, MetaGradient]:
+        losses = {"": loss_fn, "matmul_convolutions": matmul_convolutions(loss_fn)}
+        loops = {"": unroll}
+        if not isinstance(num_steps, jax.Array) and 1 < num_steps <= _MAX_UNROLLED:
+            loops |= {"unrolled": True} if unroll == 1 else {"not unrolled": 1}
+
+        def made(loss, unroll):
+            return algorithm(loss, optimizer, num_steps, has_aux=has_aux, unroll=unroll)
+
+        return {
+            ", ".join(filter(None, names)) or "as given": made(losses[names[0]], loops[names[1]])
+            for names in itertools.product(losses, loops)
+        }
+
+    return WithVariants(meta_gradient, variants)
 
 
 def _inner_loop(loss_fn, optimizer, num_steps, has_aux, unroll, *, first_order=True):

@@ -41,6 +41,10 @@ class Options:
     """Folder of the run, new or empty; runs/<data>-<time> unless given."""
     compare: bool = True
     """Also train and print the baselines."""
+    tune: bool = False
+    """Measure the ways to run a step on this machine first, and train with the fastest."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs, so that the next run starts sooner."""
 
     @property
     def adaptation_steps(self) -> int:
@@ -198,5 +202,7 @@ def from_json(config: dict[str, Any]) -> Options:
             "the configuration's options differ from this version's: "
             f"{', '.join(sorted(set(config) ^ fields))}"
         )
-    paths: dict[str, Any] = {n: Path(config[n]) for n in ("path", "out") if config.get(n)}
+    paths: dict[str, Any] = {
+        n: Path(config[n]) for n in ("path", "out", "compilation_cache") if config.get(n)
+    }
     return kind(**(config | paths))

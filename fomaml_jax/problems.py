@@ -16,7 +16,7 @@ from fomaml_jax.adaptation import adapt
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.evaluation import Evaluation, evaluate
-from fomaml_jax.meta_gradients import fomaml
+from fomaml_jax.meta_gradients import WithVariants, fomaml
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.tasks import (
     Augmentation,
@@ -64,7 +64,7 @@ class Problem:
     metric_fn: MetricFn
     metric: str
     inner: optax.GradientTransformation
-    meta_gradient: MetaGradient
+    meta_gradient: WithVariants
     outer: Callable[[int], optax.GradientTransformation]
     train: TaskDistribution
     validation: TaskDistribution
@@ -143,14 +143,19 @@ def network(chosen: options.ImageOptions, outputs: int) -> nn.Module:
     return models.conv4(outputs, width=chosen.width, pooling=chosen.pooling, features="scaled")
 
 
-def predictor(chosen: options.ImageOptions) -> Predict:
+def native_predictor(chosen: options.ImageOptions) -> Predict:
     """The network as a function, for whatever number of classes its head has."""
 
     def predict(params: Params, x: jax.Array) -> jax.Array:
         outputs = params["params"][HEAD]["kernel"].shape[-1]
         return cast(jax.Array, network(chosen, outputs).apply(params, x))
 
-    return matmul_convolutions(predict)
+    return predict
+
+
+def predictor(chosen: options.ImageOptions) -> Predict:
+    """The same, fast for the kernels of many tasks."""
+    return matmul_convolutions(native_predictor(chosen))
 
 
 def training_ways(chosen: options.ImageOptions, classes: ImageClasses) -> int:
@@ -227,6 +232,8 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     def inner(ways: int) -> optax.GradientTransformation:
         return inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
 
+    native = fomaml(cross_entropy(native_predictor(chosen)), inner(train_ways), chosen.inner_steps)
+
     def start(params: Params) -> Params:
         zeros = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], chosen.ways), x.dtype), head)
         return with_head(params, zeros)
@@ -248,7 +255,9 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         metric_fn=accuracy,
         metric="accuracy",
         inner=inner(chosen.ways),
-        meta_gradient=fresh_head(fomaml(loss_fn, inner(train_ways), chosen.inner_steps), head),
+        meta_gradient=native.preferring("matmul_convolutions").map(
+            functools.partial(fresh_head, head=head)
+        ),
         outer=functools.partial(outer_optimizer, chosen.rate),
         train=_episodes(
             chosen,

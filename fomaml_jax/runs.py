@@ -17,6 +17,9 @@ from fomaml_jax.types import Params
 CONFIG = "config.json"
 PARAMETERS = "parameters.npz"
 METRICS = "metrics.jsonl"
+PLAN = "plan.json"
+"""What `--tune` measured, and what it chose."""
+
 RESULT = "result.json"
 
 

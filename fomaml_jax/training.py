@@ -1,7 +1,8 @@
 """The outer loop: meta-steps compiled together, with progress and metrics at fixed intervals."""
 
+import functools
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,10 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fomaml_jax.learner import MetaLearner, MetaState, meta_learner
+from fomaml_jax.meta_gradients import WithVariants
 from fomaml_jax.parallel import TasksAtOnce, over_tasks
 from fomaml_jax.tasks import TaskDistribution, task_keys
+from fomaml_jax.tuning import Plan, tune
 from fomaml_jax.types import MetaGradient, Params
 
 
@@ -63,17 +66,15 @@ def meta_train(
         `step`, `tasks`, `loss`, `grad_norm`, `left_out`. The caller may stop at any of them.
     """
     mesh = mesh_for(tasks_per_step)
-    sampled = over_tasks(
-        lambda params, key: meta_gradient(params, tasks(key)),
-        tasks_at_once=tasks_at_once,
-        mesh=mesh,
-    )
-    learner = meta_learner(sampled, optimizer)
+    sampled = _sampled(tasks)(meta_gradient)
+    learner = meta_learner(over_tasks(sampled, tasks_at_once=tasks_at_once, mesh=mesh), optimizer)
     report_every = max(1, min(steps // 100, 500))
     left_out = 0
     with _progress_bar(steps * tasks_per_step, name) as bar:
-        # Placed as it will come back, so that the second call does not compile again.
-        state = jax.device_put(learner.init(params), NamedSharding(mesh, PartitionSpec()))
+        # Placed as it will come back, so that the second call does not compile again; copied,
+        # because every call takes the buffers of its state for the next one.
+        state = jax.tree.map(jnp.copy, learner.init(params))
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
         stretches = _stretches(learner, state, key, steps, tasks_per_step, report_every)
         for state, report in stretches:
             left_out += int(report.left_out)
@@ -83,7 +84,35 @@ def meta_train(
             note = f", {left_out} tasks left out" if left_out else ""
             bar.set_postfix_str(f"loss {row['loss']:.3f}{note}", refresh=False)
             bar.update(row["tasks"] - bar.n)
-            yield state.params, row
+            yield jax.tree.map(jnp.copy, state.params), row
+
+
+def tune_training(
+    meta_gradient: WithVariants,
+    tasks: TaskDistribution,
+    params: Params,
+    key: jax.Array,
+    *,
+    tasks_per_step: int,
+) -> Plan:
+    """Measures how `meta_train` had best run a step, sampling included.
+
+    Returns:
+        A `Plan` whose per-task function and tasks at once `meta_train` takes.
+    """
+    sampled = meta_gradient.map(_sampled(tasks))
+    keys = task_keys(key, 0, tasks_per_step)
+    plan = tune(sampled, params, keys, mesh=mesh_for(tasks_per_step))
+    return plan._replace(meta_gradient=meta_gradient.variants()[plan.variant])
+
+
+def _sampled(tasks: TaskDistribution) -> Callable[[MetaGradient], MetaGradient]:
+    """Lets a per-task function take keys in the place of tasks."""
+
+    def wrap(meta_gradient: MetaGradient) -> MetaGradient:
+        return lambda params, key: meta_gradient(params, tasks(key))
+
+    return wrap
 
 
 def mesh_for(num_tasks: int) -> Mesh:
@@ -103,7 +132,7 @@ def _stretches(
 ) -> Iterator[tuple[MetaState, Report]]:
     """Steps until `state.step == steps`, those between two reports in one compiled loop."""
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def stretch(state: MetaState, num_steps: int) -> tuple[MetaState, Report]:
         def body(_, carry):
             state, total = carry

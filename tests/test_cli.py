@@ -272,6 +272,33 @@ def test_the_same_seed_gives_the_same_numbers_and_no_compare_only_leaves_out_bas
     assert rows_of(again.out) == rows_of(glyphs.out)[:2]
 
 
+def test_tune_says_what_it_saw_and_trains_the_same(glyphs, tmp_path):
+    run = trained(tmp_path / "run", *SMALL_GLYPHS, "--no-compare", "--tune")
+    plan = json.loads((run.folder / "plan.json").read_text())
+    chosen = [
+        trial
+        for trial in plan["trials"]
+        if (trial["variant"], trial["tasks_at_once"]) == (plan["variant"], plan["tasks_at_once"])
+    ]
+    assert len(chosen) == 1
+    assert chosen[0]["seconds"] > 0
+    assert f"> {plan['variant']}" in run.err
+    np.testing.assert_allclose(run.result["mean"], glyphs.result["mean"], rtol=1e-4)
+
+
+def test_compiled_programs_are_kept_if_asked(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    cache = tmp_path / "compiled"
+    try:
+        compilation_cache.reset_cache()
+        words = (*SMALL_GLYPHS, "--no-compare", "--seed", "5", "--compilation-cache", cache)
+        trained(tmp_path / "run", *words)
+        assert any(cache.iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
 def test_evaluate_repeats_the_evaluation_of_the_run(glyphs):
     before = {path: path.stat().st_mtime_ns for path in glyphs.folder.iterdir()}
     again = call("evaluate", glyphs.folder, "--eval-tasks", "4")

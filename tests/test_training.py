@@ -161,3 +161,19 @@ def test_the_bar_has_a_name_and_goes_to_standard_error(capsys):
     assert captured.out == ""
     assert "joint pre-training: 100%" in captured.err
     assert "4.00/4.00" in captured.err
+
+
+def test_every_report_and_the_start_keep_their_parameters():
+    """The compiled step takes its state's buffers; nobody else's."""
+    start = jax.tree.map(jnp.copy, PARAMS)
+    reported = [params for params, _ in run(params=start)]
+    for params in (start, *reported):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert_close(start, PARAMS, 0)
+
+
+def test_a_tuned_step_is_the_same_step():
+    plan = training.tune_training(FOMAML, SAMPLE, PARAMS, KEY, tasks_per_step=4)
+    assert {trial.variant for trial in plan.trials} == {"as given", "unrolled"}
+    tuned = run(meta_gradient=plan.meta_gradient, tasks_at_once=plan.tasks_at_once)
+    assert_close(tuned[-1][0], run()[-1][0], 1e-5)
