@@ -7,6 +7,7 @@ from fomaml_jax.evaluation import Evaluation, evaluate
 from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, meta_learner
 from fomaml_jax.meta_gradients import fomaml, maml, reptile
 from fomaml_jax.parallel import over_tasks
+from fomaml_jax.precision import compute_in
 from fomaml_jax.tuning import Plan, tune
 from fomaml_jax.types import AdaptInfo, Batch, LossFn, MetaGradient, Params, Task, TaskInfo
 
@@ -24,6 +25,7 @@ __all__ = [
     "Task",
     "TaskInfo",
     "adapt",
+    "compute_in",
     "datasets",
     "evaluate",
     "fomaml",

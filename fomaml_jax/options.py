@@ -86,6 +86,9 @@ class ImageOptions(Options):
     """Channels of the four convolutions."""
     pooling: Literal["stride", "max"] = "stride"
     """How a block halves the picture."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in while training; parameters, sums and evaluation stay float32.
+    bfloat16 is faster on TPU and recent GPUs, not on CPU."""
 
     @property
     def setting(self) -> str:

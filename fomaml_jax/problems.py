@@ -18,6 +18,7 @@ from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.evaluation import Evaluation, evaluate
 from fomaml_jax.meta_gradients import WithVariants, fomaml
 from fomaml_jax.parallel import TasksAtOnce
+from fomaml_jax.precision import compute_in
 from fomaml_jax.tasks import (
     Augmentation,
     TaskDistribution,
@@ -232,7 +233,8 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     def inner(ways: int) -> optax.GradientTransformation:
         return inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
 
-    native = fomaml(cross_entropy(native_predictor(chosen)), inner(train_ways), chosen.inner_steps)
+    network_in_bits = compute_in(jnp.dtype(chosen.compute), native_predictor(chosen))
+    native = fomaml(cross_entropy(network_in_bits), inner(train_ways), chosen.inner_steps)
 
     def start(params: Params) -> Params:
         zeros = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], chosen.ways), x.dtype), head)

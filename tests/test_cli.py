@@ -286,6 +286,13 @@ def test_tune_says_what_it_saw_and_trains_the_same(glyphs, tmp_path):
     np.testing.assert_allclose(run.result["mean"], glyphs.result["mean"], rtol=1e-4)
 
 
+def test_bfloat16_is_another_computation_with_much_the_same_result(glyphs, tmp_path):
+    run = trained(tmp_path / "run", *SMALL_GLYPHS, "--no-compare", "--compute", "bfloat16")
+    half, full = (float(trained.metrics[0]["loss"]) for trained in (run, glyphs))
+    assert half != full
+    np.testing.assert_allclose(half, full, rtol=0.02)
+
+
 def test_compiled_programs_are_kept_if_asked(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     cache = tmp_path / "compiled"

@@ -1,0 +1,82 @@
+"""`compute_in`: fewer bits inside, full precision outside."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import network, network_problem
+
+import fomaml_jax as fj
+
+
+def problem():
+    params, tasks = network_problem(1)
+    one_task = jax.tree.map(lambda x: x[0], tasks)
+    return jax.tree.map(lambda x: x.astype(jnp.float32), (params, one_task))
+
+
+def test_inside_is_half_and_outside_is_full():
+    seen = []
+
+    def loss(params, batch):
+        seen.extend([params["w"].dtype.name, batch["x"].dtype.name, batch["keep"]])
+        return jnp.sum(params["w"] * batch["x"]), batch["label"]
+
+    params = {"w": jnp.arange(3.0)}
+    batch = {"x": jnp.ones(3), "label": jnp.arange(3), "keep": 2.5}
+    (value, labels), grads = jax.value_and_grad(fj.compute_in(jnp.bfloat16, loss), has_aux=True)(
+        params, batch
+    )
+    assert seen == ["bfloat16", "bfloat16", 2.5]
+    assert (value.dtype, labels.dtype, grads["w"].dtype) == (jnp.float32, jnp.int32, jnp.float32)
+
+
+def test_small_updates_do_not_vanish():
+    """1 - 0.01 * 0.1 stays 1 in bfloat16."""
+    loss = fj.compute_in(jnp.bfloat16, lambda w, x: jnp.sum(w * x))
+    adapted, _ = fj.adapt(loss, jnp.ones(1), jnp.full(1, 0.1), optax.sgd(0.01), 5)
+    np.testing.assert_allclose(adapted, 1 - 5 * 0.001, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", [fj.fomaml, fj.maml, fj.reptile])
+def test_meta_gradients_agree_to_the_bits_that_are_left(algorithm):
+    params, task = problem()
+    full, _ = algorithm(network, optax.sgd(0.05), 2)(params, task)
+    half, _ = algorithm(fj.compute_in(jnp.bfloat16, network), optax.sgd(0.05), 2)(params, task)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(full))
+    for one, other in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, atol=0.02 * largest)
+
+
+def test_float32_changes_nothing():
+    params, task = problem()
+    same = fj.compute_in(jnp.float32, network)(params, task.support)
+    assert same == network(params, task.support)
+
+
+def test_composes_with_matmul_convolutions():
+    def loss(kernel, images):
+        return jnp.sum(
+            jax.lax.conv_general_dilated(
+                images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )
+
+    images, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+    for wrapped in (
+        fj.matmul_convolutions(fj.compute_in(jnp.bfloat16, loss)),
+        fj.compute_in(jnp.bfloat16, fj.matmul_convolutions(loss)),
+    ):
+        assert "conv_general_dilated" not in str(jax.make_jaxpr(jax.grad(wrapped))(kernel, images))
+        np.testing.assert_allclose(
+            jax.grad(wrapped)(kernel, images), jax.grad(loss)(kernel, images), rtol=1e-2
+        )
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match="floating-point"):
+        fj.compute_in(jnp.int32, network)
+    with pytest.raises(TypeError, match="takes a dtype and a function"):
+        fj.compute_in(jnp.bfloat16, 3)
