@@ -1,0 +1,150 @@
+"""Milliseconds and tasks per second of one meta-gradient against the floor of its products alone.
+
+The floor is measured in the same process: the matrix products that the convolutions of these tasks
+cannot do without (forward, kernel gradient, and input gradient of all layers but the first), on
+the same shapes and devices, and nothing else. Times are medians of interleaved rounds.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import optax
+from common import INNER_RATE, SETTINGS, Setting
+from jax import lax
+from jax.sharding import PartitionSpec
+
+import fomaml_jax as fj
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--tasks", type=int, help="tasks in a meta-batch, for all settings")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds (default: %(default)s)")
+    parser.add_argument("--bfloat16", action="store_true", help="compute the network in bfloat16")
+    parser.add_argument("--tune", action="store_true", help="measure the plans, and take the best")
+    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
+    asked = parser.parse_args()
+    common.use_every_core()
+    rows = []
+    for name in asked.settings:
+        setting = SETTINGS[name]
+        if asked.tasks:
+            setting = Setting(**{**vars(setting), "tasks": asked.tasks})
+        rows.append(measure(setting, asked.repeats, asked.bfloat16, asked.tune))
+        print(common.table(COLUMNS, rows[-1:]), flush=True)
+    print("\n" + common.table(COLUMNS, rows))
+    common.write("meta_step", rows, asked.out)
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "setting": lambda row: row["setting"],
+    "ms": lambda row: common.milliseconds(row["ours"]),
+    "tasks/s": lambda row: f"{row['tasks_per_second']:.0f}",
+    "floor, ms": lambda row: common.milliseconds(row["floor"]),
+    "times the floor": lambda row: common.times(row["times_the_floor"]),
+    "GFLOP/s": lambda row: f"{row['flops'] / row['ours']['median'] / 1e9:.0f}",
+    "compile, s": lambda row: f"{row['compile_seconds']:.1f}",
+}
+
+
+def measure(setting: Setting, repeats: int, bfloat16: bool, tune: bool) -> dict[str, Any]:
+    """One row."""
+    loss, params, tasks = common.image_problem(setting)
+    if bfloat16:
+        loss = fj.compute_in(jnp.bfloat16, loss)
+    meta_gradient = fj.fomaml(loss, optax.sgd(INNER_RATE), setting.steps)
+    plan = (
+        fj.tune(meta_gradient, params, tasks, mesh=common.task_mesh(setting.tasks))
+        if tune
+        else None
+    )
+    if plan:
+        print(plan, flush=True)
+    form = plan.meta_gradient if plan else meta_gradient.variants()["matmul_convolutions"]
+    start = common.time.perf_counter()
+    ours = common.over_devices(
+        form, params, tasks, tasks_at_once=plan.tasks_at_once if plan else "auto"
+    )
+    compile_seconds = common.time.perf_counter() - start
+    dtype = jnp.bfloat16 if bfloat16 else jnp.float32
+    timed = common.interleaved({"ours": ours, "floor": floor(setting, dtype)}, repeats)
+    return {
+        "setting": setting.name,
+        "shapes": vars(setting),
+        "dtype": jnp.dtype(dtype).name,
+        "plan": plan and {"variant": plan.variant, "tasks_at_once": plan.tasks_at_once},
+        **timed,
+        "tasks_per_second": setting.tasks / timed["ours"]["median"],
+        "times_the_floor": common.ratio(timed["ours"], timed["floor"]),
+        "flops": setting.flops(),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def floor(setting: Setting, dtype: Any) -> Callable[[], Any]:
+    """The products of a meta-gradient's convolutions and nothing else, on every device."""
+    mesh = common.task_mesh(setting.tasks)
+    support, query = setting.ways * setting.shots, setting.ways * setting.queries
+    key = jax.random.key(0)
+
+    def operands(images):
+        return [
+            jax.random.normal(key, (images * positions, inputs), dtype)
+            for positions, inputs, _ in setting.layers()
+        ]
+
+    def products(patches, kernels):
+        """Forward, kernel gradient, and the input gradient where there is one."""
+        results = []
+        for layer, (x, w) in enumerate(zip(patches, kernels, strict=True)):
+            y = x @ w
+            results.append(_narrow_first(y, x))
+            if layer:
+                results.append(y @ w.T)
+        return results
+
+    def one_task(carry, kernels):
+        support_patches, query_patches = patches
+        per_step = [w[None] for w in kernels]
+
+        def step(_, offsets):
+            return products(
+                support_patches, [w[0] + o for w, o in zip(per_step, offsets, strict=True)]
+            ), None
+
+        offsets = [jnp.zeros((setting.steps, 1, w.shape[-1]), dtype) for w in kernels]
+        first = jax.tree.map(jnp.zeros_like, jax.eval_shape(products, support_patches, kernels))
+        adapted, _ = lax.scan(step, first, offsets)
+        return (adapted, products(query_patches, kernels)), None
+
+    patches = operands(support), operands(query)
+    shapes = [(inputs, outputs) for _, inputs, outputs in setting.layers()]
+    kernels = [jax.random.normal(key, (setting.tasks, *shape), dtype) for shape in shapes]
+
+    def all_tasks(kernels):
+        out = jax.eval_shape(lambda k: one_task(None, k)[0], [k[0] for k in kernels])
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out)
+        last, _ = lax.scan(one_task, start, kernels)
+        return jax.tree.map(lambda x: x[None], last)
+
+    tasks = PartitionSpec("tasks")
+    sharded = jax.shard_map(
+        all_tasks, mesh=mesh, in_specs=(tasks,), out_specs=tasks, check_vma=False
+    )
+    return common.compiled(sharded, kernels)
+
+
+def _narrow_first(y: jax.Array, x: jax.Array) -> jax.Array:
+    """`y.T @ x`, or the other way round: the narrower first is the faster on CPU."""
+    return y.T @ x if y.shape[1] <= x.shape[1] else x.T @ y
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Against PyTorch, naive JAX and second order: the same network, data and algorithm, in turn.
+
+Ours is a user's unchanged Flax network, its loss wrapped in `matmul_convolutions`, tasks sharded
+over one JAX device a core. PyTorch runs in a process of its own with as many threads as there are
+cores (`pip install torch`, into this environment or the one of --torch-python). Naive JAX is `vmap`
+of the same network with native convolutions. A ratio is the median of those within a round.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import optax
+from common import INNER_RATE, SETTINGS, Setting
+
+import fomaml_jax as fj
+
+SINE = {"tasks": 25, "points": 10, "steps": 5}
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    choices = [*SETTINGS, "sinusoid"]
+    parser.add_argument("--settings", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--tasks", type=int, help="tasks in a meta-batch, for all image settings")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds (default: %(default)s)")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="a Python with torch (default: this one)"
+    )
+    parser.add_argument(
+        "--naive", nargs="*", choices=SETTINGS, default=["5w1s"], help="settings to run naively"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
+    asked = parser.parse_args()
+    common.use_every_core()
+    rows = []
+    for name in asked.settings:
+        if name == "sinusoid":
+            rows.append(sine_row(asked.repeats, asked.torch_python))
+        else:
+            setting = SETTINGS[name]
+            if asked.tasks:
+                setting = dataclasses.replace(setting, tasks=asked.tasks)
+            naive = name in asked.naive
+            rows.append(image_row(setting, asked.repeats, asked.torch_python, naive))
+        print(common.table(COLUMNS, rows[-1:]), flush=True)
+    print("\n" + common.table(COLUMNS, rows))
+    common.write("peers", rows, asked.out)
+
+
+PEERS = {
+    "PyTorch loop": "torch loop",
+    "torch.func": "torch vmap",
+    "PyTorch, second order": "torch second",
+    "naive JAX": "naive JAX",
+    "our second order": "second order",
+}
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "setting": lambda row: row["setting"],
+    "ours, ms": lambda row: common.milliseconds(row["ours"]),
+    **{
+        f"{title}, times": lambda row, name=name: common.times(row["ratios"].get(name))
+        for title, name in PEERS.items()
+    },
+}
+
+
+def image_row(setting: Setting, repeats: int, python: str, naive: bool) -> dict[str, Any]:
+    """One row for pictures."""
+    loss, params, tasks = common.image_problem(setting)
+    ours = fj.matmul_convolutions(loss)
+    inner = optax.sgd(INNER_RATE)
+    calls = {
+        "ours": common.over_devices(fj.fomaml(ours, inner, setting.steps), params, tasks),
+        "second order": common.over_devices(fj.maml(ours, inner, setting.steps), params, tasks),
+    }
+    if naive:
+        per_task = jax.vmap(fj.fomaml(loss, inner, setting.steps), (None, 0))
+        calls["naive JAX"] = common.compiled(
+            lambda params, tasks: jax.tree.map(lambda g: g.mean(0), per_task(params, tasks)[0]),
+            params,
+            tasks,
+        )
+    forms = ("loop", "second") if setting.pooling == "max" else ("loop", "vmap", "second")
+    return row(setting.name, calls, forms, vars(setting), repeats, python)
+
+
+def sine_row(repeats: int, python: str) -> dict[str, Any]:
+    """One row for the MAML paper's regression: the whole outer step, from sampling to update."""
+    net = fj.models.mlp()
+
+    def loss(params, batch):
+        return jnp.mean((net.apply(params, batch[0]) - batch[1]) ** 2)
+
+    sample = fj.tasks.sinusoid(shots=SINE["points"], queries=SINE["points"])
+    per_task = fj.fomaml(loss, optax.sgd(INNER_RATE / 10), SINE["steps"])
+    learner = fj.meta_learner(
+        fj.over_tasks(lambda params, key: per_task(params, sample(key)), tasks_at_once=None),
+        optax.adam(1e-3),
+    )
+    key, steps = jax.random.key(0), 100
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def many_steps(state):
+        def body(_, state):
+            return learner.step(state, fj.tasks.task_keys(key, state.step, SINE["tasks"]))[0]
+
+        return jax.lax.fori_loop(0, steps, body, state)
+
+    state = learner.init(net.init(key, jnp.zeros((1, 1))))
+
+    def call() -> float:
+        nonlocal state
+        start = common.time.perf_counter()
+        state = jax.block_until_ready(many_steps(state))
+        return (common.time.perf_counter() - start) / steps
+
+    name = f"sinusoid, whole step, {SINE['tasks']} tasks, {SINE['steps']} steps"
+    return row(name, {"ours": call}, ("loop", "vmap"), SINE, repeats, python)
+
+
+def row(
+    name: str,
+    calls: dict[str, Callable[[], Any]],
+    forms: tuple[str, ...],
+    shapes: dict[str, Any],
+    repeats: int,
+    python: str,
+) -> dict[str, Any]:
+    """Times our calls and PyTorch's in turn."""
+    peers = [(form, TorchPeer.start(python, form, shapes)) for form in forms]
+    running = {f"torch {form}": peer for form, peer in peers if peer}
+    try:
+        timed = common.interleaved(calls | running, repeats)
+    finally:
+        for peer in running.values():
+            peer.close()
+    ours = timed.pop("ours")
+    return {
+        "setting": name,
+        "shapes": shapes,
+        "torch": next((peer.about for peer in running.values()), None),
+        "ours": ours,
+        "others": timed,
+        "ratios": {other: common.ratio(seconds, ours) for other, seconds in timed.items()},
+    }
+
+
+class TorchPeer:
+    """A process that runs PyTorch when called, and tells its seconds."""
+
+    def __init__(self, process: subprocess.Popen[str], about: dict[str, Any], calls: int):
+        self._process, self.about, self._calls = process, about, calls
+
+    @classmethod
+    def start(cls, python: str, form: str, shapes: dict[str, Any]) -> "TorchPeer | None":
+        """The peer, warmed up; `None` where there is no PyTorch."""
+        script = Path(__file__).with_name("torch_peer.py")
+        threads = len(os.sched_getaffinity(0))
+        words = [python, str(script), json.dumps({**shapes, "form": form, "threads": threads})]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert process.stdout
+        assert process.stderr
+        if not (line := process.stdout.readline()):
+            reason = (process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+            warnings.warn(f"no PyTorch {form} from {python}: {reason}", stacklevel=2)
+            return None
+        return cls(process, json.loads(line), 10 if "points" in shapes else 1)
+
+    def __call__(self) -> float:
+        """Seconds for one meta-gradient."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{self._calls}\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The benchmark scripts in their short form, and the page that is written from their results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+SHORT = {
+    "meta_step": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
+    "peers": ["--settings", "5w1s", "sinusoid", "--tasks", "2", "--repeats", "1"],
+    "frameworks": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
+    "memory": ["--steps", "1", "--tasks", "2"],
+    "time_to_accuracy": ["--data", "glyphs", "--steps", "4", "--width", "4", "--eval-tasks", "2"],
+}
+
+
+def run(name, *words):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=quick)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_short_form(name, tmp_path):
+    out = tmp_path / "result.json"
+    done = run(name, *SHORT[name], "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["rows"]
+    assert {"device", "versions", "commit", "date"} <= set(result["environment"])
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize("name", [*SHORT, "report"])
+def test_help(name):
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout
+
+
+def test_the_page_is_what_the_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import report
+
+    assert report.README.read_text() == report.render()
