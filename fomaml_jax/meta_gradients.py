@@ -1,9 +1,7 @@
 """The algorithms: what one task has to say about the shared parameters."""
 
-import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,35 +14,7 @@ from fomaml_jax import refusals
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.types import AdaptInfo, Batch, LossFn, MetaGradient, Params, Task, TaskInfo
-
-
-@dataclasses.dataclass(frozen=True)
-class WithVariants:
-    """A per-task meta-gradient that can be had in other forms, for `tune` to choose among.
-
-    Attributes:
-        meta_gradient: what it computes when called.
-        variants: makes the forms by name; all compute the same numbers.
-    """
-
-    meta_gradient: MetaGradient
-    variants: Callable[[], dict[str, MetaGradient]]
-
-    def __call__(self, params: Params, task: Any) -> tuple[Params, TaskInfo]:
-        """`(params, task) -> (grads, TaskInfo)`."""
-        return self.meta_gradient(params, task)
-
-    def map(self, wrap: Callable[[MetaGradient], MetaGradient]) -> "WithVariants":
-        """The same around every form: a sampler before it, say."""
-        forms = self.variants
-        return WithVariants(
-            wrap(self.meta_gradient),
-            lambda: {name: wrap(form) for name, form in forms().items()},
-        )
-
-    def preferring(self, variant: str) -> "WithVariants":
-        """The same with another form to compute with."""
-        return WithVariants(self.variants()[variant], self.variants)
+from fomaml_jax.variants import with_variants
 
 
 def fomaml(
@@ -54,7 +24,7 @@ def fomaml(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
-) -> WithVariants:
+) -> MetaGradient:
     r"""First-order MAML for one task: the query gradient at the adapted parameters.
 
     .. math:: g = \nabla L_{query}(\theta_K), \quad \theta_K = \mathrm{adapt}(\theta, support)
@@ -105,7 +75,7 @@ def maml(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
-) -> WithVariants:
+) -> MetaGradient:
     r"""Second-order MAML for one task: the derivative of the query loss through the inner loop.
 
     .. math:: g = \frac{d}{d\theta} L_{query}(\mathrm{adapt}(\theta, support))
@@ -168,7 +138,7 @@ def reptile(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
-) -> WithVariants:
+) -> MetaGradient:
     r"""Reptile for one task: the way from the adapted parameters back to the shared ones.
 
     .. math:: g = \theta - \theta_K, \quad \theta_K = \mathrm{adapt}(\theta, support)
@@ -233,7 +203,7 @@ def _variable(algorithm, meta_gradient, loss_fn, optimizer, num_steps, has_aux, 
             for names in itertools.product(losses, loops)
         }
 
-    return WithVariants(meta_gradient, variants)
+    return with_variants(meta_gradient, variants)
 
 
 def _inner_loop(loss_fn, optimizer, num_steps, has_aux, unroll, *, first_order=True):

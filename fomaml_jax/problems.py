@@ -16,7 +16,7 @@ from fomaml_jax.adaptation import adapt
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.evaluation import Evaluation, evaluate
-from fomaml_jax.meta_gradients import WithVariants, fomaml
+from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.precision import compute_in
 from fomaml_jax.tasks import (
@@ -28,6 +28,7 @@ from fomaml_jax.tasks import (
     sinusoid,
 )
 from fomaml_jax.types import Batch, LossFn, MetaGradient, Params, Task, TaskInfo
+from fomaml_jax.variants import in_every_form, preferring
 
 HEAD = "head"
 """The name of a network's last, linear layer."""
@@ -65,7 +66,7 @@ class Problem:
     metric_fn: MetricFn
     metric: str
     inner: optax.GradientTransformation
-    meta_gradient: WithVariants
+    meta_gradient: MetaGradient
     outer: Callable[[int], optax.GradientTransformation]
     train: TaskDistribution
     validation: TaskDistribution
@@ -257,8 +258,8 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         metric_fn=accuracy,
         metric="accuracy",
         inner=inner(chosen.ways),
-        meta_gradient=native.preferring("matmul_convolutions").map(
-            functools.partial(fresh_head, head=head)
+        meta_gradient=in_every_form(
+            preferring("matmul_convolutions", native), functools.partial(fresh_head, head=head)
         ),
         outer=functools.partial(outer_optimizer, chosen.rate),
         train=_episodes(

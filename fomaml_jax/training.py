@@ -11,11 +11,11 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fomaml_jax.learner import MetaLearner, MetaState, meta_learner
-from fomaml_jax.meta_gradients import WithVariants
 from fomaml_jax.parallel import TasksAtOnce, over_tasks
 from fomaml_jax.tasks import TaskDistribution, task_keys
 from fomaml_jax.tuning import Plan, tune
 from fomaml_jax.types import MetaGradient, Params
+from fomaml_jax.variants import in_every_form, variants_of
 
 
 class Report(NamedTuple):
@@ -88,7 +88,7 @@ def meta_train(
 
 
 def tune_training(
-    meta_gradient: WithVariants,
+    meta_gradient: MetaGradient,
     tasks: TaskDistribution,
     params: Params,
     key: jax.Array,
@@ -100,10 +100,10 @@ def tune_training(
     Returns:
         A `Plan` whose per-task function and tasks at once `meta_train` takes.
     """
-    sampled = meta_gradient.map(_sampled(tasks))
+    sampled = in_every_form(meta_gradient, _sampled(tasks))
     keys = task_keys(key, 0, tasks_per_step)
     plan = tune(sampled, params, keys, mesh=mesh_for(tasks_per_step))
-    return plan._replace(meta_gradient=meta_gradient.variants()[plan.variant])
+    return plan._replace(meta_gradient=variants_of(meta_gradient)[plan.variant])
 
 
 def _sampled(tasks: TaskDistribution) -> Callable[[MetaGradient], MetaGradient]:

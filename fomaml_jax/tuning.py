@@ -14,6 +14,7 @@ from fomaml_jax import refusals
 from fomaml_jax.convolutions import native_convolutions
 from fomaml_jax.parallel import over_tasks
 from fomaml_jax.types import MetaGradient, Params
+from fomaml_jax.variants import variants_of
 
 _REPEATS = 5
 
@@ -137,8 +138,7 @@ def _forms(
         if not meta_gradient:
             raise ValueError("meta_gradient must name at least one form to choose, got none")
         return dict(meta_gradient)
-    make = getattr(meta_gradient, "variants", None)
-    forms = make() if make else {"as given": meta_gradient}
+    forms = variants_of(meta_gradient)
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     first = next(iter(forms.values()))
     if native_convolutions(jax.make_jaxpr(first)(params, one_task)):

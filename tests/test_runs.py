@@ -218,6 +218,8 @@ SHARED = {
     "shots": 4,
     "queries": 6,
     "eval_tasks": 50,
+    "tune": True,
+    "compilation_cache": Path("compiled programs"),
     "seed": 11,
     "out": Path("a run"),
 }
@@ -229,6 +231,7 @@ IMAGES = {
     "shift": 1,
     "width": 8,
     "pooling": "max",
+    "compute": "bfloat16",
     "compare": False,
 }
 OTHER_THAN_DEFAULT = {

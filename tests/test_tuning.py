@@ -10,6 +10,7 @@ from problems import quadratic
 
 import fomaml_jax as fj
 from fomaml_jax import tuning
+from fomaml_jax.variants import in_every_form
 
 
 def image_loss(params, batch):
@@ -131,8 +132,9 @@ def test_refuses_what_cannot_run():
 
 def test_wrapped_forms_keep_their_names():
     params, tasks = vector_tasks(4)
-    doubled = fj.fomaml(quadratic, optax.sgd(0.1), 2).map(
-        lambda meta_gradient: lambda params, task: meta_gradient(params * 2, task)
+    doubled = in_every_form(
+        fj.fomaml(quadratic, optax.sgd(0.1), 2),
+        lambda meta_gradient: lambda params, task: meta_gradient(params * 2, task),
     )
     plan = fj.tune(doubled, params + 1, tasks)
     assert {trial.variant for trial in plan.trials} == {"as given", "unrolled"}

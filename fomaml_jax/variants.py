@@ -1,0 +1,40 @@
+"""A meta-gradient that can be had in several forms, all computing the same numbers."""
+
+from collections.abc import Callable
+
+from fomaml_jax.types import MetaGradient
+
+Variants = Callable[[], dict[str, MetaGradient]]
+"""Makes the forms by name."""
+
+
+def with_variants(meta_gradient: MetaGradient, variants: Variants) -> MetaGradient:
+    """Notes on a function, which stays a plain one, how to have it in other forms."""
+    setattr(meta_gradient, _NAME, variants)
+    return meta_gradient
+
+
+def variants_of(meta_gradient: MetaGradient) -> dict[str, MetaGradient]:
+    """All forms by name; the function itself where it has no others."""
+    variants: Variants | None = getattr(meta_gradient, _NAME, None)
+    return variants() if variants else {"as given": meta_gradient}
+
+
+def in_every_form(
+    meta_gradient: MetaGradient, wrap: Callable[[MetaGradient], MetaGradient]
+) -> MetaGradient:
+    """`wrap(meta_gradient)`, whose forms are the wrapped ones: with a sampler before it, say."""
+
+    def variants() -> dict[str, MetaGradient]:
+        return {name: wrap(form) for name, form in variants_of(meta_gradient).items()}
+
+    return with_variants(wrap(meta_gradient), variants)
+
+
+def preferring(variant: str, meta_gradient: MetaGradient) -> MetaGradient:
+    """The form of that name, which can still be had in the others."""
+    forms = variants_of(meta_gradient)
+    return with_variants(forms[variant], lambda: variants_of(meta_gradient))
+
+
+_NAME = "variants"
