@@ -145,27 +145,28 @@ def floor(setting: Setting, dtype: Any) -> Callable[[], Any]:
 
     def products(patches, kernels):
         """Forward, kernel gradient, and the input gradient where there is one."""
-        results = []
+        kernel_gradients, input_gradients = [], []
         for layer, (x, w) in enumerate(zip(patches, kernels, strict=True)):
             y = x @ w
-            results.append(_narrow_first(y, x))
+            kernel_gradients.append(_narrow_first(y, x))
             if layer:
-                results.append(y @ w.T)
-        return results
+                input_gradients.append(y @ w.T)
+        return kernel_gradients, input_gradients
 
     def one_task(carry, kernels):
+        del carry
         support_patches, query_patches = patches
-        per_step = [w[None] for w in kernels]
 
-        def step(_, offsets):
-            return products(
-                support_patches, [w[0] + o for w, o in zip(per_step, offsets, strict=True)]
-            ), None
+        def step(state, _):  # as the inner loop does, so that no product is the same as the last
+            kernels, _ = state
+            gradients, inputs = products(support_patches, kernels)
+            moved = [w - 1e-9 * g for w, g in zip(kernels, gradients, strict=True)]
+            return (moved, inputs), None
 
-        offsets = [jnp.zeros((setting.steps, 1, w.shape[-1]), dtype) for w in kernels]
-        first = jax.tree.map(jnp.zeros_like, jax.eval_shape(products, support_patches, kernels))
-        adapted, _ = lax.scan(step, first, offsets)
-        return (adapted, products(query_patches, kernels)), None
+        inputs = jax.eval_shape(products, support_patches, kernels)[1]
+        start = kernels, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+        (kernels, inputs), _ = lax.scan(step, start, length=setting.steps)
+        return (inputs, products(query_patches, kernels)), None
 
     patches = operands(support), operands(query)
     shapes = [(inputs, outputs) for _, inputs, outputs in setting.layers()]
@@ -185,8 +186,10 @@ def floor(setting: Setting, dtype: Any) -> Callable[[], Any]:
 
 
 def _narrow_first(y: jax.Array, x: jax.Array) -> jax.Array:
-    """`y.T @ x`, or the other way round: the narrower first is the faster on CPU."""
-    return y.T @ x if y.shape[1] <= x.shape[1] else x.T @ y
+    """`x.T @ y`, computed with the narrower factor first, which is faster on CPU."""
+    if y.shape[1] <= x.shape[1]:
+        return lax.optimization_barrier(y.T @ x).T
+    return x.T @ y
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Evaluate:
     """Seed of the tasks; the run's, and so its very tasks, unless given."""
     path: Path | None = None
     """Where the data are now; where they were unless given."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs, so that the next evaluation starts sooner."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,7 +128,7 @@ def _evaluate(words: list[str]) -> None:
         if "path" in changes and not hasattr(chosen, "path"):
             raise ValueError(f"--path: {options.name_of(chosen)} has no data to look for")
         chosen = dataclasses.replace(chosen, **changes)
-        _keep_compiled_programs(chosen.compilation_cache)
+        _keep_compiled_programs(asked.compilation_cache)
         problem = problems.build(chosen)
         params = runs.load_parameters(asked.run, problem.params)
     try:

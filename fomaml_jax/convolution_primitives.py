@@ -96,8 +96,10 @@ def _convolve(images, kernel, geometry, dtype, native):
     if native and _is_native(images, kernel, geometry):
         return _native_convolve(images, kernel, geometry)
     patches = _patches(images, geometry)
-    product = _dot(_as_rows(patches), kernel.reshape(patches.shape[-1], -1), (1, 0), geometry)
-    return product.reshape(*patches.shape[:-1], -1)
+    product = _dot(
+        _as_rows(patches), kernel.reshape(patches.shape[-1], kernel.shape[-1]), (1, 0), geometry
+    )
+    return product.reshape(*patches.shape[:-1], kernel.shape[-1])
 
 
 def _native_convolve(images, kernel, geometry):
@@ -124,12 +126,14 @@ def _image_gradient(outputs, kernel, geometry, dtype, native):
         return images.astype(dtype)
     channels = kernel.shape[-2]
     shape = (outputs.shape[0], *geometry.spatial, channels)
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    patches = _dot(_as_rows(outputs), matrix, (1, 1), geometry).astype(dtype)
-    patches = patches.reshape(*outputs.shape[:-1], -1)
+    matrix = kernel.reshape(math.prod(kernel.shape[:-1]), kernel.shape[-1])
+    if jnp.dtype(dtype).itemsize == 2:  # the offsets of a pixel are summed in more bits
+        geometry = geometry._replace(preferred_element_type=jnp.float32)
+    patches = _dot(_as_rows(outputs), matrix, (1, 1), geometry)
+    patches = patches.reshape(*outputs.shape[:-1], matrix.shape[0])
     gather = functools.partial(_patches, geometry=geometry)
-    (images,) = jax.linear_transpose(gather, jax.ShapeDtypeStruct(shape, dtype))(patches)
-    return images
+    (images,) = jax.linear_transpose(gather, jax.ShapeDtypeStruct(shape, patches.dtype))(patches)
+    return images.astype(dtype)
 
 
 def _kernel_gradient(images, outputs, geometry, dtype, native):
@@ -168,7 +172,12 @@ def _native_kernel_gradient(images, outputs, geometry):
 
 def _can_pair(of_outputs: jax.Array, geometry: Geometry) -> bool:
     """XLA:CPU's convolution is at its best with 64 channels of output, or more."""
-    return of_outputs.shape[-1] < 64 and geometry.strides[1] == geometry.dilation[1] == 1
+    low, high = geometry.padding[1]
+    return (
+        of_outputs.shape[-1] < 64
+        and geometry.strides[1] == geometry.dilation[1] == 1
+        and min(low, high) >= 0  # else a pair would see pixels that are cut away
+    )
 
 
 def _paired(geometry: Geometry) -> Geometry:
@@ -199,17 +208,17 @@ def _patches_kernel_gradient(images, outputs, geometry):
 def _sum_over_tiles(fn, images, outputs):
     """`fn(images, outputs)` summed over tiles of examples, one after another."""
     num_images = images.shape[0]
-    whole = num_images // _TILE_IMAGES * _TILE_IMAGES
-    if num_images <= _TILE_IMAGES:
+    if not isinstance(num_images, int) or num_images <= _TILE_IMAGES:
         return fn(images, outputs)
-    tiles = [x[:whole].reshape(-1, _TILE_IMAGES, *x.shape[1:]) for x in (images, outputs)]
+    # What is over goes first: the sum then starts as a value of the right kind, also where it
+    # varies over the devices of a mesh.
+    first = num_images % _TILE_IMAGES or _TILE_IMAGES
+    tiles = [x[first:].reshape(-1, _TILE_IMAGES, *x.shape[1:]) for x in (images, outputs)]
 
     def add_tile(total, tile):
         return total + fn(*tile), None
 
-    shape = jax.eval_shape(fn, images, outputs)
-    total, _ = lax.scan(add_tile, jnp.zeros(shape.shape, shape.dtype), tiles)
-    return total + fn(images[whole:], outputs[whole:]) if whole < num_images else total
+    return lax.scan(add_tile, fn(images[:first], outputs[:first]), tiles)[0]
 
 
 _CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
@@ -317,7 +326,8 @@ def _batch(primitive, operands, axes, *, batch_axes, **parameters):
     if batch_axes == 0 and rhs_axis is None and primitive is not _kernel_gradient_p:
         # One kernel for all: more examples, no more tasks.
         lhs = jnp.moveaxis(lhs, lhs_axis, 0)
-        out = primitive.bind(lhs.reshape(-1, *lhs.shape[2:]), rhs, batch_axes=0, **parameters)
+        merged = lhs.reshape(lhs.shape[0] * lhs.shape[1], *lhs.shape[2:])
+        out = primitive.bind(merged, rhs, batch_axes=0, **parameters)
         return out.reshape(*lhs.shape[:2], *out.shape[1:]), 0
     size = lhs.shape[lhs_axis] if lhs_axis is not None else rhs.shape[rhs_axis]
 

@@ -237,8 +237,8 @@ def _inner_jaxprs(equation: core.JaxprEqn) -> Iterable[core.Jaxpr]:
 def _is_eligible(equation: core.JaxprEqn) -> bool:
     return (
         _is_plain_convolution(equation)
-        or pooling.is_max_over_windows(equation)
-        or pooling.is_tiled_window(equation)
+        or (pooling.is_max_over_windows(equation) and not _is_sharded(equation))
+        or (pooling.is_tiled_window(equation) and not _is_sharded(equation))
     )
 
 
@@ -253,9 +253,16 @@ def _is_plain_convolution(equation: core.JaxprEqn) -> bool:
         parameters["feature_group_count"] == parameters["batch_group_count"] == 1
         and all(dilation == 1 for dilation in parameters["lhs_dilation"])
         and 0 < offsets <= _MAX_OFFSETS
-        and 0 not in result.shape
+        and 0 not in (*kernel.shape, *result.shape)
         and parameters.get("out_sharding") is None
+        and not _is_sharded(equation)
     )
+
+
+def _is_sharded(equation: core.JaxprEqn) -> bool:
+    """Whether an operand is split over an Explicit axis of a mesh: JAX's own rules apply then."""
+    operands: list[Any] = [x.aval for x in equation.invars]
+    return any(any(operand.sharding.spec) for operand in operands)
 
 
 def _exchanged(equation: core.JaxprEqn) -> core.JaxprEqn:

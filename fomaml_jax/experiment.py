@@ -62,8 +62,9 @@ def train(
     """
     keys = Keys.of(chosen.seed)
     runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
-    started = time.monotonic()
+    runs.save_parameters(folder, problem.params)
     meta_gradient, tasks_at_once = _plan(chosen, problem, folder, keys, say)
+    started = time.monotonic()
     params = _meta_train(chosen, problem, folder, keys, meta_gradient, tasks_at_once)
     seconds = time.monotonic() - started
     result = evaluate(chosen, problem, params) | {

@@ -193,7 +193,8 @@ def _variable(algorithm, meta_gradient, loss_fn, optimizer, num_steps, has_aux, 
         losses = {"": loss_fn, "matmul_convolutions": matmul_convolutions(loss_fn)}
         loops = {"": unroll}
         if not isinstance(num_steps, jax.Array) and 1 < num_steps <= _MAX_UNROLLED:
-            loops |= {"unrolled": True} if unroll == 1 else {"not unrolled": 1}
+            rolled = unroll is not True and unroll <= 1
+            loops |= {"unrolled": True} if rolled else {"not unrolled": 1}
 
         def made(loss, unroll):
             return algorithm(loss, optimizer, num_steps, has_aux=has_aux, unroll=unroll)

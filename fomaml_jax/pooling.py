@@ -98,6 +98,8 @@ def _max_jvp(axes, first, primals, tangents):
     sizes = [x.shape[axis] for axis in axes]
     equal = [lax.eq(_at(x, axes, place), maximum) for place in np.ndindex(*sizes)]
     if first:
+        # A window with NaN gives its derivative to its first element, so that NaN goes on.
+        equal = [is_equal | jnp.isnan(maximum) for is_equal in equal]
         place_of_first = jnp.full(maximum.shape, len(equal), jnp.int32)
         for place in reversed(range(len(equal))):
             place_of_first = jnp.where(equal[place], place, place_of_first)

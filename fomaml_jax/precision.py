@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,6 +61,10 @@ def compute_in(dtype: Any, fn: Callable[P, R]) -> Callable[P, R]:
 
 def _cast(tree: Any, is_cast: Callable[[Any], bool], dtype: Any) -> Any:
     def cast(x):
-        return x.astype(dtype) if isinstance(x, jax.Array) and is_cast(x.dtype) else x
+        return (
+            jnp.asarray(x, dtype)
+            if isinstance(x, jax.Array | np.ndarray) and is_cast(x.dtype)
+            else x
+        )
 
     return jax.tree.map(cast, tree)

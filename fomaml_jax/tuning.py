@@ -183,15 +183,16 @@ class _Search:
         """The fastest when the closest run again in turn, so that a passing load misleads less."""
         limit = 1.2 * (self.best().seconds or 0)
         close = [t for t in self.trials if t.seconds is not None and t.seconds <= limit]
+        if len(close) == 1:
+            return close[0]
         times: dict[Trial, list[float]] = {trial: [] for trial in close}
-        for _ in range(_REPEATS if len(close) > 1 else 0):
+        for _ in range(_REPEATS):
             for trial in close:
                 times[trial].append(_seconds(self._programs[trial.variant, trial.tasks_at_once]))
-        for trial, again in times.items():
-            if again:
-                place = self.trials.index(trial)
-                self.trials[place] = trial._replace(seconds=statistics.median(again))
-        return self.best()
+        again = [t._replace(seconds=statistics.median(taken)) for t, taken in times.items()]
+        for trial, rerun in zip(close, again, strict=True):
+            self.trials[self.trials.index(trial)] = rerun
+        return min(again, key=lambda trial: trial.seconds or 0)
 
     def _hopeless(self, variant: str) -> Trial | None:
         """Two tasks in turn, before all of them, for a form that may be very slow on CPU."""
@@ -212,22 +213,26 @@ class _Search:
 
     def _measure(self, variant, size, tasks, repeats=_REPEATS) -> Trial:
         run = over_tasks(self.forms[variant], tasks_at_once=size, mesh=self._mesh)
-        start = time.perf_counter()
-        with warnings.catch_warnings():  # that native convolutions are slow is being measured
-            warnings.filterwarnings("ignore", "this loss holds native convolutions")
-            compiled = jax.jit(run).lower(self._params, tasks).compile()
-        compile_seconds = time.perf_counter() - start
-        planned = compiled.memory_analysis()
-        temp_bytes = planned.temp_size_in_bytes if planned else 0
-        trial = Trial(variant, size, None, compile_seconds, temp_bytes)
-        memory = _memory_bytes()
-        if memory is not None and trial.temp_bytes > memory:
-            return trial._replace(note=f"needs more than the {memory / 2**20:.0f} MiB there are")
-
-        def program():
-            return compiled(self._params, tasks)
-
+        trial = Trial(variant, size, None, 0.0, 0)
         try:
+            start = time.perf_counter()
+            with warnings.catch_warnings():  # that native convolutions are slow is being measured
+                warnings.filterwarnings("ignore", "this loss holds native convolutions")
+                compiled = jax.jit(run).lower(self._params, tasks).compile()
+            planned = compiled.memory_analysis()
+            trial = trial._replace(
+                compile_seconds=time.perf_counter() - start,
+                temp_bytes=planned.temp_size_in_bytes if planned else 0,
+            )
+            memory = _memory_bytes()
+            if memory is not None and trial.temp_bytes > memory:
+                return trial._replace(
+                    note=f"needs more than the {memory / 2**20:.0f} MiB there are"
+                )
+
+            def program():
+                return compiled(self._params, tasks)
+
             _seconds(program)
             seconds = statistics.median(_seconds(program) for _ in range(repeats))
         except jax.errors.JaxRuntimeError as error:

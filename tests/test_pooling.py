@@ -105,3 +105,25 @@ def test_batches_over_tasks_agree():
         for fn in (matmul_convolutions(network(max_pool)), network(max_pool))
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_not_a_number_goes_on_backwards():
+    images, kernel = images_and_kernel()
+    images = images.at[0, 0, 0, 0].set(jnp.nan)
+    ours, theirs = (
+        jax.grad(fn)(images, kernel)
+        for fn in (matmul_convolutions(network(max_pool)), network(max_pool))
+    )
+    # Which element of a window with NaN has the derivative is no one's promise.
+    assert np.isnan(ours).any()
+    assert np.isnan(theirs).any()
+
+
+def test_what_is_split_over_an_explicit_axis_stays_native():
+    mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Explicit,))
+    images, kernel = images_and_kernel((2, 4, 4, 3))
+    with jax.set_mesh(mesh):
+        images = jax.device_put(images, jax.P("d"))
+        kernel = jax.device_put(kernel, jax.P())
+        out = jax.jit(matmul_convolutions(network(max_pool)))(images, kernel)
+        np.testing.assert_allclose(out, network(max_pool)(images, kernel), rtol=1e-6)

@@ -80,3 +80,10 @@ def test_refusals():
         fj.compute_in(jnp.int32, network)
     with pytest.raises(TypeError, match="takes a dtype and a function"):
         fj.compute_in(jnp.bfloat16, 3)
+
+
+def test_numpy_batches_are_cast_too():
+    seen = fj.compute_in(jnp.bfloat16, lambda w, x: (w.dtype.name, x.dtype.name))(
+        np.ones(2, np.float32), np.ones(2, np.float32)
+    )
+    assert seen == ("bfloat16", "bfloat16")
