@@ -1,5 +1,6 @@
 """What the benchmarks share: settings, a network, interleaved timing, and results as JSON."""
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -9,8 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import fomaml_jax as fj
+from fomaml_jax.experiment import versions
+from fomaml_jax.training import mesh_for
 
 RESULTS = Path(__file__).with_name("results")
 INNER_RATE = 0.1
@@ -117,23 +119,29 @@ def image_problem(setting: Setting, seed: int = 0) -> tuple[fj.LossFn, fj.Params
     return loss, params, tasks
 
 
-def use_every_core() -> None:
-    """One JAX device a core; must come before JAX starts."""
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+def argument_parser(
+    about: str | None, *, settings: list[str], repeats: int, choices: Iterable[str] = SETTINGS
+) -> argparse.ArgumentParser:
+    """The options that scripts over settings share."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--settings", nargs="+", choices=list(choices), default=settings)
+    parser.add_argument("--tasks", type=int, help="tasks in a meta-batch, for all image settings")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds (%(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
+    return parser
 
 
-def task_mesh(num_tasks: int) -> Mesh:
-    """As many devices as divide the tasks."""
-    count = max(n for n in range(1, len(jax.devices()) + 1) if num_tasks % n == 0)
-    return jax.make_mesh((count,), ("tasks",), (AxisType.Auto,), devices=jax.devices()[:count])
+def setting_of(name: str, asked: argparse.Namespace) -> Setting:
+    """The setting of that name, with the number of tasks asked for."""
+    changes = {"tasks": asked.tasks} if asked.tasks else {}
+    return dataclasses.replace(SETTINGS[name], **changes)
 
 
 def over_devices(
     meta_gradient: fj.MetaGradient, params: fj.Params, tasks: Any, **kwargs: Any
 ) -> Callable[[], Any]:
     """The compiled meta-gradient over sharded tasks, ready to be called."""
-    mesh = task_mesh(jax.tree.leaves(tasks)[0].shape[0])
+    mesh = mesh_for(jax.tree.leaves(tasks)[0].shape[0])
     tasks = jax.device_put(tasks, NamedSharding(mesh, PartitionSpec("tasks")))
     return compiled(fj.over_tasks(meta_gradient, mesh=mesh, **kwargs), params, tasks)
 
@@ -177,17 +185,15 @@ def ratio(slow: dict[str, Any], fast: dict[str, Any]) -> float:
 
 def environment() -> dict[str, Any]:
     """Device, versions and commit behind a result."""
-    names = ("fomaml-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     device = jax.devices()[0]
     return {
-        "device": f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+        "device": f"{_processor()}, {os.cpu_count()} cores"
         if device.platform == "cpu"
         else f"{len(jax.devices())} x {device.device_kind}",
         "platform": device.platform,
         "devices": len(jax.devices()),
         "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
-        "versions": {name: metadata.version(name) for name in names}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }

@@ -3,13 +3,10 @@
 Each loss is wrapped in one call, `matmul_convolutions`; nothing else is done for speed.
 """
 
-import argparse
-import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import common
@@ -19,27 +16,21 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
-from common import INNER_RATE, SETTINGS, Setting
+from common import INNER_RATE, Setting
 from flax import nnx
 
 import fomaml_jax as fj
+from fomaml_jax.training import use_every_core
 
 
 def main() -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["5w1s", "pool"])
-    parser.add_argument("--tasks", type=int, help="tasks in a meta-batch, for all settings")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
+    parser = common.argument_parser(__doc__, settings=["5w1s", "pool"], repeats=9)
     asked = parser.parse_args()
-    common.use_every_core()
+    use_every_core()
     rows = []
     for name in asked.settings:
-        setting = SETTINGS[name]
-        if asked.tasks:
-            setting = dataclasses.replace(setting, tasks=asked.tasks)
-        rows += measure(setting, asked.repeats)
+        rows += measure(common.setting_of(name, asked), asked.repeats)
     print(common.table(COLUMNS, rows))
     common.write("frameworks", rows, asked.out)
 

@@ -3,14 +3,13 @@
 The floor is measured in the same process: the matrix products that the convolutions of these tasks
 cannot do without (forward, kernel gradient, and input gradient of all layers but the first), on
 the same shapes and devices, and nothing else. The whole step draws its tasks from pictures in
-memory, and updates the parameters with Adam, in one compiled call; what that adds is its share.
-Times are medians of interleaved rounds.
+memory, and updates the parameters with Adam, in one compiled call; what that adds is its share
+(negative where it is less than the noise). Times are medians of interleaved rounds.
 """
 
-import argparse
 import functools
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import common
@@ -23,25 +22,20 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fomaml_jax as fj
+from fomaml_jax.training import mesh_for, use_every_core
 from fomaml_jax.variants import variants_of
 
 
 def main() -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--tasks", type=int, help="tasks in a meta-batch, for all settings")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds (default: %(default)s)")
+    parser = common.argument_parser(__doc__, settings=list(SETTINGS), repeats=7)
     parser.add_argument("--bfloat16", action="store_true", help="compute the network in bfloat16")
     parser.add_argument("--tune", action="store_true", help="measure the plans, and take the best")
-    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
-    common.use_every_core()
+    use_every_core()
     rows = []
     for name in asked.settings:
-        setting = SETTINGS[name]
-        if asked.tasks:
-            setting = Setting(**{**vars(setting), "tasks": asked.tasks})
+        setting = common.setting_of(name, asked)
         rows.append(measure(setting, asked.repeats, asked.bfloat16, asked.tune))
         print(common.table(COLUMNS, rows[-1:]), flush=True)
     print("\n" + common.table(COLUMNS, rows))
@@ -67,19 +61,15 @@ def measure(setting: Setting, repeats: int, bfloat16: bool, tune: bool) -> dict[
     if bfloat16:
         loss = fj.compute_in(jnp.bfloat16, loss)
     meta_gradient = fj.fomaml(loss, optax.sgd(INNER_RATE), setting.steps)
-    plan = (
-        fj.tune(meta_gradient, params, tasks, mesh=common.task_mesh(setting.tasks))
-        if tune
-        else None
-    )
+    plan = fj.tune(meta_gradient, params, tasks, mesh=mesh_for(setting.tasks)) if tune else None
     if plan:
         print(plan, flush=True)
     form = plan.meta_gradient if plan else variants_of(meta_gradient)["matmul_convolutions"]
-    start = common.time.perf_counter()
+    start = time.perf_counter()
     ours = common.over_devices(
         form, params, tasks, tasks_at_once=plan.tasks_at_once if plan else "auto"
     )
-    compile_seconds = common.time.perf_counter() - start
+    compile_seconds = time.perf_counter() - start
     dtype = jnp.bfloat16 if bfloat16 else jnp.float32
     calls = {
         "ours": ours,
@@ -110,7 +100,7 @@ def whole_step(
     sample = fj.tasks.episodes(
         images, ways=setting.ways, shots=setting.shots, queries=setting.queries
     )
-    mesh = common.task_mesh(setting.tasks)
+    mesh = mesh_for(setting.tasks)
     meta_gradient = fj.over_tasks(
         lambda params, key: per_task(params, sample(key)), tasks_at_once=tasks_at_once, mesh=mesh
     )
@@ -133,7 +123,7 @@ def whole_step(
 
 def floor(setting: Setting, dtype: Any) -> Callable[[], Any]:
     """The products of a meta-gradient's convolutions and nothing else, on every device."""
-    mesh = common.task_mesh(setting.tasks)
+    mesh = mesh_for(setting.tasks)
     support, query = setting.ways * setting.shots, setting.ways * setting.queries
     key = jax.random.key(0)
 

@@ -6,13 +6,12 @@ cores (`pip install torch`, into this environment or the one of --torch-python).
 of the same network with native convolutions. A ratio is the median of those within a round.
 """
 
-import argparse
-import dataclasses
 import functools
 import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,34 +24,33 @@ import optax
 from common import INNER_RATE, SETTINGS, Setting
 
 import fomaml_jax as fj
+from fomaml_jax.training import use_every_core
 
 SINE = {"tasks": 25, "points": 10, "steps": 5}
 
 
 def main() -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
     choices = [*SETTINGS, "sinusoid"]
-    parser.add_argument("--settings", nargs="+", choices=choices, default=choices)
-    parser.add_argument("--tasks", type=int, help="tasks in a meta-batch, for all image settings")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds (default: %(default)s)")
+    parser = common.argument_parser(__doc__, settings=choices, repeats=7, choices=choices)
     parser.add_argument(
         "--torch-python", default=sys.executable, help="a Python with torch (default: this one)"
     )
     parser.add_argument(
-        "--naive", nargs="*", choices=SETTINGS, default=["5w1s"], help="settings to run naively"
+        "--naive",
+        nargs="*",
+        choices=list(SETTINGS),
+        default=["5w1s", "pool"],
+        help="settings to run naively too (some take minutes)",
     )
-    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
-    common.use_every_core()
+    use_every_core()
     rows = []
     for name in asked.settings:
         if name == "sinusoid":
             rows.append(sine_row(asked.repeats, asked.torch_python))
         else:
-            setting = SETTINGS[name]
-            if asked.tasks:
-                setting = dataclasses.replace(setting, tasks=asked.tasks)
+            setting = common.setting_of(name, asked)
             naive = name in asked.naive
             rows.append(image_row(setting, asked.repeats, asked.torch_python, naive))
         print(common.table(COLUMNS, rows[-1:]), flush=True)
@@ -124,9 +122,9 @@ def sine_row(repeats: int, python: str) -> dict[str, Any]:
 
     def call() -> float:
         nonlocal state
-        start = common.time.perf_counter()
+        start = time.perf_counter()
         state = jax.block_until_ready(many_steps(state))
-        return (common.time.perf_counter() - start) / steps
+        return (time.perf_counter() - start) / steps
 
     name = f"sinusoid, whole step, {SINE['tasks']} tasks, {SINE['steps']} steps"
     return row(name, {"ours": call}, ("loop", "vmap"), SINE, repeats, python)
@@ -169,7 +167,7 @@ class TorchPeer:
     def start(cls, python: str, form: str, shapes: dict[str, Any]) -> "TorchPeer | None":
         """The peer, warmed up; `None` where there is no PyTorch."""
         script = Path(__file__).with_name("torch_peer.py")
-        threads = len(os.sched_getaffinity(0))
+        threads = os.cpu_count()
         words = [python, str(script), json.dumps({**shapes, "form": form, "threads": threads})]
         pipe = subprocess.PIPE
         process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)

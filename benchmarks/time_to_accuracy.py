@@ -24,7 +24,7 @@ import common
 import numpy as np
 
 from fomaml_jax import experiment, options, problems
-from fomaml_jax.training import meta_train
+from fomaml_jax.training import use_every_core
 
 MARKS = (0.90, 0.95, 0.97)
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch")
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
-    common.use_every_core()
+    use_every_core()
     kind = {"omniglot": options.Omniglot, "glyphs": options.Glyphs}[asked.data]
     chosen = kind(
         steps=asked.steps, eval_tasks=asked.eval_tasks, width=asked.width, inner_steps=2, shift=0
@@ -93,15 +93,7 @@ def ours(chosen: options.ImageOptions, problem: problems.Problem) -> Iterator[Po
     )
     keys = experiment.Keys.of(chosen.seed)
     seconds, since = 0.0, time.perf_counter()
-    training = meta_train(
-        problem.meta_gradient,
-        problem.train,
-        problem.params,
-        problem.outer(chosen.steps),
-        keys.train,
-        steps=chosen.steps,
-        tasks_per_step=chosen.tasks_per_step,
-    )
+    training = experiment.training_of(chosen, problem, keys.train)
     for reports, (params, metrics) in enumerate(training):
         seconds += time.perf_counter() - since
         if reports == 0:  # with compilation: the first stretch of steps is not counted
@@ -130,7 +122,7 @@ def torch(chosen: options.ImageOptions, problem: problems.Problem, python: str) 
         "width": chosen.width,
         "eval_tasks": chosen.eval_tasks,
         "judge_every": max(1, math.ceil(chosen.steps / 50)),
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": os.cpu_count(),
     }
     script = Path(__file__).with_name("torch_training.py")
     with tempfile.TemporaryDirectory() as folder:

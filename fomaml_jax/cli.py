@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import os
 import re
 import sys
 import time
@@ -18,6 +17,7 @@ try:
     from tyro.conf import Positional
 
     from fomaml_jax import experiment, options, problems, runs
+    from fomaml_jax.training import use_every_core
 except ModuleNotFoundError as missing:
     sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with 2 for what is refused, 130 when interrupted.
     """
-    _use_every_core()
+    use_every_core()
     command, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
@@ -75,12 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _evaluate(words)
     else:
         _stop(f"unknown command {command!r}; there are train and evaluate", REFUSED)
-
-
-def _use_every_core() -> None:
-    """One CPU device a core: a scan over small tasks keeps but one of them busy."""
-    with contextlib.suppress(RuntimeError):  # JAX has started, and keeps the devices it has
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
 def _keep_compiled_programs(folder: Path | None) -> None:

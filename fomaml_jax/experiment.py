@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ import jax
 
 from fomaml_jax import baselines, options, pictures, problems, runs
 from fomaml_jax.evaluation import Evaluation
-from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.problems import Problem
 from fomaml_jax.training import meta_train, tune_training
-from fomaml_jax.types import MetaGradient, Params
+from fomaml_jax.types import Params
 
 VALIDATIONS = 20
 """How often training is followed on validation tasks."""
@@ -63,9 +62,9 @@ def train(
     keys = Keys.of(chosen.seed)
     runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
     runs.save_parameters(folder, problem.params)
-    meta_gradient, tasks_at_once = _plan(chosen, problem, folder, keys, say)
+    tuned = _tuned(chosen, problem, folder, keys, say) if chosen.tune else problem
     started = time.monotonic()
-    params = _meta_train(chosen, problem, folder, keys, meta_gradient, tasks_at_once)
+    params = _meta_train(chosen, tuned, folder, keys)
     seconds = time.monotonic() - started
     result = evaluate(chosen, problem, params) | {
         "baselines": _compare(chosen, problem, keys) if chosen.compare else {},
@@ -116,14 +115,7 @@ def last(judged: Evaluation) -> dict[str, float]:
     return {"mean": float(judged.mean[-1]), "ci95": float(judged.ci95[-1])}
 
 
-def _meta_train(
-    chosen: options.Options,
-    problem: Problem,
-    folder: Path,
-    keys: Keys,
-    meta_gradient: MetaGradient,
-    tasks_at_once: TasksAtOnce,
-) -> Params:
+def _meta_train(chosen: options.Options, problem: Problem, folder: Path, keys: Keys) -> Params:
     """First-order meta-training, followed on validation tasks, its parameters saved on the way."""
     validate = problems.judge_of(
         problem,
@@ -131,16 +123,7 @@ def _meta_train(
         num_steps=chosen.adaptation_steps,
         num_tasks=VALIDATION_TASKS,
     )
-    training = meta_train(
-        meta_gradient,
-        problem.train,
-        problem.params,
-        problem.outer(chosen.steps),
-        keys.train,
-        steps=chosen.steps,
-        tasks_per_step=chosen.tasks_per_step,
-        tasks_at_once=tasks_at_once,
-    )
+    training = training_of(chosen, problem, keys.train)
     params, validations = problem.params, 0
     try:
         with contextlib.closing(training):  # and its progress bar, before anything else is said
@@ -156,16 +139,30 @@ def _meta_train(
     return params
 
 
-def _plan(
+def training_of(
+    chosen: options.Options, problem: Problem, key: jax.Array
+) -> Generator[tuple[Params, dict[str, Any]], None, None]:
+    """`meta_train` as the options have it."""
+    return meta_train(
+        problem.meta_gradient,
+        problem.train,
+        problem.params,
+        problem.outer(chosen.steps),
+        key,
+        steps=chosen.steps,
+        tasks_per_step=chosen.tasks_per_step,
+        tasks_at_once=problem.tasks_at_once,
+    )
+
+
+def _tuned(
     chosen: options.Options,
     problem: Problem,
     folder: Path,
     keys: Keys,
     say: Callable[[str], None],
-) -> tuple[MetaGradient, TasksAtOnce]:
-    """How to run a step: as usual, or as measured if asked to."""
-    if not chosen.tune:
-        return problem.meta_gradient, problem.tasks_at_once
+) -> Problem:
+    """The problem with its training step in the form, and as many tasks at once, as is fastest."""
     plan = tune_training(
         problem.meta_gradient,
         problem.train,
@@ -183,7 +180,9 @@ def _plan(
             "versions": versions(),
         },
     )
-    return plan.meta_gradient, plan.tasks_at_once
+    return dataclasses.replace(
+        problem, meta_gradient=plan.meta_gradient, tasks_at_once=plan.tasks_at_once
+    )
 
 
 def _compare(chosen: options.Options, problem: Problem, keys: Keys) -> dict[str, dict[str, float]]:

@@ -140,7 +140,7 @@ def in_chunks(
     A chunk's leaves and every `out` lead with the chunk's tasks; the outs are joined in task order.
     """
     num_tasks = refusals.check_task_axis(tasks)
-    size = min(_resolve(tasks_at_once, num_tasks), num_tasks)
+    size = min(resolve(tasks_at_once, num_tasks), num_tasks)
     whole = num_tasks // size * size
     outs = []
     if whole == size:  # one chunk needs no loop
@@ -163,7 +163,7 @@ def together(fn: Callable[[Any], Any], tasks: Any) -> Any:
     return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], tasks)))
 
 
-def _resolve(tasks_at_once: TasksAtOnce, num_tasks: int) -> int:
+def resolve(tasks_at_once: TasksAtOnce, num_tasks: int) -> int:
     """One after another on CPU, where one task stays in cache; all at once elsewhere."""
     if tasks_at_once == "auto":
         return 1 if jax.default_backend() == "cpu" else num_tasks

@@ -1,6 +1,8 @@
 """The outer loop: meta-steps compiled together, with progress and metrics at fixed intervals."""
 
+import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
@@ -113,6 +115,12 @@ def _sampled(tasks: TaskDistribution) -> Callable[[MetaGradient], MetaGradient]:
         return lambda params, key: meta_gradient(params, tasks(key))
 
     return wrap
+
+
+def use_every_core() -> None:
+    """One CPU device a core, before JAX starts: a scan over small tasks keeps but one busy."""
+    with contextlib.suppress(RuntimeError):  # JAX has started, and keeps the devices it has
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
 def mesh_for(num_tasks: int) -> Mesh:

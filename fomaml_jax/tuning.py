@@ -12,7 +12,7 @@ import jax
 
 from fomaml_jax import refusals
 from fomaml_jax.convolutions import native_convolutions
-from fomaml_jax.parallel import over_tasks
+from fomaml_jax.parallel import over_tasks, resolve
 from fomaml_jax.types import MetaGradient, Params
 from fomaml_jax.variants import variants_of
 
@@ -119,7 +119,7 @@ def tune(
         refusals.check_divides(num_tasks, mesh)
     search = _Search(_forms(meta_gradient, params, tasks), params, tasks, mesh, max_seconds)
     most = num_tasks if mesh is None else num_tasks // mesh.size
-    automatic = 1 if jax.default_backend() == "cpu" else most
+    automatic = resolve("auto", most)
     for form in search.forms:
         search.try_out(form, automatic)
     best = search.best()
