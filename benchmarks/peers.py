@@ -1,12 +1,14 @@
 """Against PyTorch, naive JAX and second order: the same network, data and algorithm, in turn.
 
 Ours is a user's unchanged Flax network, its loss wrapped in `matmul_convolutions`, tasks sharded
-over one JAX device a core. PyTorch runs in a process of its own with as many threads as there are
-cores (`pip install torch`, into this environment or the one of --torch-python). Naive JAX is `vmap`
-of the same network with native convolutions. A ratio is the median of those within a round.
+over one JAX device a core. PyTorch runs in processes of its own with as many threads as there are
+cores (`pip install torch`, into this environment or the one of --torch-python), several of them in
+turn: one may take half as long again as another, for as long as it lives. Naive JAX is `vmap` of
+the same network with native convolutions. A ratio is the median of those within a round.
 """
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -26,13 +28,16 @@ from common import INNER_RATE, SETTINGS, Setting
 import fomaml_jax as fj
 from fomaml_jax.training import use_every_core
 
+# Of PyTorch, for every form.
+PROCESSES = 3
+
 SINE = {"tasks": 25, "points": 10, "steps": 5}
 
 
 def main() -> None:
     """Runs the benchmark from the command line."""
     choices = [*SETTINGS, "sinusoid"]
-    parser = common.argument_parser(__doc__, settings=choices, repeats=7, choices=choices)
+    parser = common.argument_parser(__doc__, settings=choices, repeats=9, choices=choices)
     parser.add_argument(
         "--torch-python", default=sys.executable, help="a Python with torch (default: this one)"
     )
@@ -40,7 +45,7 @@ def main() -> None:
         "--naive",
         nargs="*",
         choices=list(SETTINGS),
-        default=["5w1s", "pool"],
+        default=["5w1s", "5w1s-q15", "20w1s", "pool"],
         help="settings to run naively too (some take minutes)",
     )
     asked = parser.parse_args()
@@ -158,14 +163,26 @@ def row(
 
 
 class TorchPeer:
-    """A process that runs PyTorch when called, and tells its seconds."""
+    """Processes that run PyTorch in turn when called, and tell their seconds."""
 
-    def __init__(self, process: subprocess.Popen[str], about: dict[str, Any], calls: int):
-        self._process, self.about, self._calls = process, about, calls
+    def __init__(self, about: dict[str, Any], processes: list[subprocess.Popen[str]], calls: int):
+        self.about, self._processes, self._calls = about, processes, calls
+        self._turns = itertools.cycle(processes)
 
     @classmethod
     def start(cls, python: str, form: str, shapes: dict[str, Any]) -> "TorchPeer | None":
         """The peer, warmed up; `None` where there is no PyTorch."""
+        started = []
+        for _ in range(PROCESSES):
+            if (process := cls._start_one(python, form, shapes)) is None:
+                return None
+            started.append(process)
+        abouts, processes = zip(*started, strict=True)
+        about = {**abouts[0], "processes": PROCESSES}
+        return cls(about, list(processes), 10 if "points" in shapes else 1)
+
+    @staticmethod
+    def _start_one(python, form, shapes):
         script = Path(__file__).with_name("torch_peer.py")
         threads = os.cpu_count()
         words = [python, str(script), json.dumps({**shapes, "form": form, "threads": threads})]
@@ -177,21 +194,23 @@ class TorchPeer:
             reason = (process.stderr.read().strip().splitlines() or ["it ended"])[-1]
             warnings.warn(f"no PyTorch {form} from {python}: {reason}", stacklevel=2)
             return None
-        return cls(process, json.loads(line), 10 if "points" in shapes else 1)
+        return json.loads(line), process
 
     def __call__(self) -> float:
         """Seconds for one meta-gradient."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(f"{self._calls}\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+        process = next(self._turns)
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(f"{self._calls}\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
 
     def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+        """Ends the processes."""
+        for process in self._processes:
+            assert process.stdin
+            process.stdin.close()
+            process.wait()
 
 
 if __name__ == "__main__":

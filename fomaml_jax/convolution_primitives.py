@@ -88,12 +88,12 @@ def _equally_varying(*operands: jax.Array) -> list[jax.Array]:
     return [vary(x, axes) for x, axes in zip(operands, varying, strict=True)]
 
 
-# --- the forms, for one task -------------------------------------------------------------------
+# --- the forms, for one task; `alone` on CPU, where no other task's kernels come with it ----------
 
 
-def _convolve(images, kernel, geometry, dtype, native):
+def _convolve(images, kernel, geometry, dtype, alone):
     del dtype  # it follows from the operands
-    if native and _is_native(images, kernel, geometry):
+    if alone and _is_native(images, kernel, geometry):
         return _native_convolve(images, kernel, geometry)
     patches = _patches(images, geometry)
     product = _dot(
@@ -114,8 +114,8 @@ def _native_convolve(images, kernel, geometry):
     return outputs.reshape(*outputs.shape[:2], -1, kernel.shape[-1])[:, :, :width]
 
 
-def _image_gradient(outputs, kernel, geometry, dtype, native):
-    if native and _is_native(outputs, kernel, geometry) and set(geometry.strides) == {1}:
+def _image_gradient(outputs, kernel, geometry, dtype, alone):
+    if alone and _is_native(outputs, kernel, geometry) and set(geometry.strides) == {1}:
         # A convolution with the mirrored kernel. XLA makes the same of the derivative of its own
         # convolution, but on CPU only outside of loops (jax issue 12868).
         reach = np.multiply(np.subtract(geometry.window, 1), geometry.dilation)
@@ -129,45 +129,68 @@ def _image_gradient(outputs, kernel, geometry, dtype, native):
     matrix = kernel.reshape(math.prod(kernel.shape[:-1]), kernel.shape[-1])
     if jnp.dtype(dtype).itemsize == 2:  # the offsets of a pixel are summed in more bits
         geometry = geometry._replace(preferred_element_type=jnp.float32)
-    patches = _dot(_as_rows(outputs), matrix, (1, 1), geometry)
+
+    def product(outputs):
+        return _dot(_as_rows(outputs), matrix, (1, 1), geometry)
+
+    patches = (_from_memory if alone else _as_it_comes)(product, outputs)
     patches = patches.reshape(*outputs.shape[:-1], matrix.shape[0])
     gather = functools.partial(_patches, geometry=geometry)
     (images,) = jax.linear_transpose(gather, jax.ShapeDtypeStruct(shape, patches.dtype))(patches)
     return images.astype(dtype)
 
 
-def _kernel_gradient(images, outputs, geometry, dtype, native):
-    if not (native and _is_native(images, outputs, geometry)):
-        return _patches_kernel_gradient(images, outputs, geometry).astype(dtype)
-    if not _can_pair(outputs, geometry):
-        return _native_kernel_gradient(images, outputs, geometry).astype(dtype)
-    odd = outputs.shape[2] % 2
-    outputs = jnp.pad(outputs, _with_width([(0, 0)] * 4, (0, odd), axis=2))
+def _kernel_gradient(images, outputs, geometry, dtype, alone):
+    if not (alone and _is_native(images, outputs, geometry)):
+        return _patches_kernel_gradient(images, outputs, geometry, alone).astype(dtype)
+    pairs = _can_pair(outputs, geometry)
+    of_tile = _paired_kernel_gradient if pairs else _native_kernel_gradient
+
+    def gradient(images, outputs):
+        return _sum_over_tiles(functools.partial(of_tile, geometry=geometry), images, outputs)
+
+    return _from_memory(gradient, images, outputs).astype(dtype)
+
+
+def _as_it_comes(fn, *operands):
+    return fn(*operands)
+
+
+def _from_memory(fn, *operands):
+    """`fn(*operands)`, with the operands written to memory before, once for all who read them.
+
+    XLA:CPU computes elementwise operations again wherever they are read: for each shape, and in a
+    transposed order too, where that is dear. It does not look through a condition that it cannot
+    decide. It saves 2 to 5% of a step with 28 x 28 images, 6% with 84 x 84.
+    """
+    shape = jax.eval_shape(fn, *operands)
+
+    def never(*operands):
+        return _equally_varying(jnp.zeros(shape.shape, shape.dtype), *operands)[0]
+
+    return lax.cond(lax.optimization_barrier(True), fn, never, *operands)
+
+
+def _paired_kernel_gradient(images, outputs, geometry):
+    outputs = jnp.pad(outputs, _with_width([(0, 0)] * 4, (0, outputs.shape[2] % 2), axis=2))
     channels = outputs.shape[-1]
     outputs = outputs.reshape(*outputs.shape[:2], -1, 2 * channels)
     wide = _native_kernel_gradient(images, outputs, _paired(geometry))
     left, right = wide[..., :channels], wide[..., channels:]
-    return (left[:, :-1] + right[:, 1:]).astype(dtype)
+    return left[:, :-1] + right[:, 1:]
 
 
 def _native_kernel_gradient(images, outputs, geometry):
-    """A convolution of the images with the outputs, a few examples at a time to stay in cache."""
+    """A convolution of the images with the outputs."""
     height, width = geometry.window
-
-    def of_tile(images, outputs):
-        kernel = lax.conv_general_dilated(
-            images.transpose(3, 1, 2, 0),
-            outputs.transpose(1, 2, 0, 3),
-            window_strides=geometry.dilation,
-            padding=geometry.padding,
-            rhs_dilation=geometry.strides,
-            dimension_numbers=_CHANNELS_LAST,
-            precision=geometry.precision,
-            preferred_element_type=geometry.preferred_element_type,
-        )
-        return kernel[:, :height, :width].transpose(1, 2, 0, 3)
-
-    return _sum_over_tiles(of_tile, images, outputs)
+    kernel = _native(
+        images.transpose(3, 1, 2, 0),
+        outputs.transpose(1, 2, 0, 3),
+        geometry.dilation,
+        geometry.padding,
+        geometry._replace(dilation=geometry.strides),
+    )
+    return kernel[:, :height, :width].transpose(1, 2, 0, 3)
 
 
 def _can_pair(of_outputs: jax.Array, geometry: Geometry) -> bool:
@@ -194,31 +217,39 @@ def _with_width(pads, width_pad, axis=1):
     return [width_pad if i == axis else pad for i, pad in enumerate(pads)]
 
 
-def _patches_kernel_gradient(images, outputs, geometry):
-    patches, outputs = _as_rows(_patches(images, geometry)), _as_rows(outputs)
+def _patches_kernel_gradient(images, outputs, geometry, alone):
+    patches = _patches(images, geometry)
     shape = (*geometry.window, images.shape[-1], outputs.shape[-1])
-    if patches.shape[1] < outputs.shape[1]:
-        return _dot(patches, outputs, (0, 0), geometry).reshape(shape)
-    # On CPU the product with the narrower factor first is twice as fast; without the barrier XLA
-    # turns it round again.
-    transposed = lax.optimization_barrier(_dot(outputs, patches, (0, 0), geometry))
-    return transposed.T.reshape(shape)
+
+    def product(patches, outputs):
+        patches, outputs = _as_rows(patches), _as_rows(outputs)
+        if patches.shape[1] < outputs.shape[1]:
+            return _dot(patches, outputs, (0, 0), geometry).reshape(shape)
+        # On CPU the product with the narrower factor first is twice as fast; without the barrier
+        # XLA turns it round again.
+        transposed = lax.optimization_barrier(_dot(outputs, patches, (0, 0), geometry))
+        return transposed.T.reshape(shape)
+
+    return (_from_memory if alone else _as_it_comes)(product, patches, outputs)
 
 
 def _sum_over_tiles(fn, images, outputs):
-    """`fn(images, outputs)` summed over tiles of examples, one after another."""
+    """`fn(images, outputs)` summed over tiles of examples, which stay in cache one by one."""
     num_images = images.shape[0]
     if not isinstance(num_images, int) or num_images <= _TILE_IMAGES:
         return fn(images, outputs)
     # What is over goes first: the sum then starts as a value of the right kind, also where it
-    # varies over the devices of a mesh.
+    # varies over the devices of a mesh. Tiles are sliced in the loop: as its inputs they would be
+    # copies of everything.
     first = num_images % _TILE_IMAGES or _TILE_IMAGES
-    tiles = [x[first:].reshape(-1, _TILE_IMAGES, *x.shape[1:]) for x in (images, outputs)]
 
-    def add_tile(total, tile):
-        return total + fn(*tile), None
+    def add_tile(i, total):
+        start = first + i * _TILE_IMAGES
+        tile = [lax.dynamic_slice_in_dim(x, start, _TILE_IMAGES) for x in (images, outputs)]
+        return total + fn(*tile)
 
-    return lax.scan(add_tile, fn(images[:first], outputs[:first]), tiles)[0]
+    num_tiles = (num_images - first) // _TILE_IMAGES
+    return lax.fori_loop(0, num_tiles, add_tile, fn(images[:first], outputs[:first]))
 
 
 _CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
@@ -291,10 +322,10 @@ def _dot(lhs: jax.Array, rhs: jax.Array, contracted: tuple[int, int], geometry: 
 def _primitive(name: str, form: Callable[..., jax.Array]) -> core.Primitive:
     """A form for one task as a primitive; `batch_axes` leading axes of both operands are tasks."""
 
-    def evaluate(lhs, rhs, *, geometry, dtype, batch_axes, native=False):
+    def evaluate(lhs, rhs, *, geometry, dtype, batch_axes, alone=False):
         # With kernels of many tasks a native convolution would be a grouped one.
-        native = native and batch_axes == 0
-        fn = functools.partial(form, geometry=geometry, dtype=dtype, native=native)
+        alone = alone and batch_axes == 0
+        fn = functools.partial(form, geometry=geometry, dtype=dtype, alone=alone)
         for _ in range(batch_axes):
             fn = jax.vmap(fn)
         return fn(lhs, rhs)
@@ -314,7 +345,7 @@ def _primitive(name: str, form: Callable[..., jax.Array]) -> core.Primitive:
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=False))
-    on_cpu = mlir.lower_fun(functools.partial(evaluate, native=True), multiple_results=False)
+    on_cpu = mlir.lower_fun(functools.partial(evaluate, alone=True), multiple_results=False)
     mlir.register_lowering(primitive, on_cpu, platform="cpu")
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     return primitive

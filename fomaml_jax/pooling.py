@@ -83,7 +83,8 @@ def _tiled(x: jax.Array, window: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _max(x: jax.Array, axes: tuple[int, ...], first: bool) -> jax.Array:
     del first
-    return x.max(axes)
+    # Elementwise, not a reduction, for which XLA:CPU would write what is before it to memory.
+    return functools.reduce(lax.max, _elements(x, axes))
 
 
 @_max.defjvp
@@ -95,14 +96,14 @@ def _max_jvp(axes, first, primals, tangents):
     """
     (x,), (tangent,) = primals, tangents
     maximum = _max(x, axes, first)
-    sizes = [x.shape[axis] for axis in axes]
-    equal = [lax.eq(_at(x, axes, place), maximum) for place in np.ndindex(*sizes)]
+    equal = [lax.eq(element, maximum) for element in _elements(x, axes)]
     if first:
         # A window with NaN gives its derivative to its first element, so that NaN goes on.
         equal = [is_equal | jnp.isnan(maximum) for is_equal in equal]
         place_of_first = jnp.full(maximum.shape, len(equal), jnp.int32)
         for place in reversed(range(len(equal))):
             place_of_first = jnp.where(equal[place], place, place_of_first)
+        sizes = [x.shape[axis] for axis in axes]
         places = jnp.arange(len(equal), dtype=jnp.int32).reshape(sizes)
         chosen = lax.broadcast_in_dim(places, x.shape, axes) == _spread(place_of_first, x, axes)
         return maximum, jnp.where(chosen, tangent, jnp.zeros_like(tangent)).sum(axes)
@@ -111,11 +112,16 @@ def _max_jvp(axes, first, primals, tangents):
     return maximum, jnp.where(chosen, tangent, jnp.zeros_like(tangent)).sum(axes) / count
 
 
-def _at(x: jax.Array, axes: tuple[int, ...], place: tuple[int, ...]) -> jax.Array:
-    index: list[Any] = [slice(None)] * x.ndim
-    for axis, i in zip(axes, place, strict=True):
-        index[axis] = i
-    return x[tuple(index)]
+def _elements(x: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
+    """The first element of every window, the second, and so on."""
+
+    def at(place):
+        index: list[Any] = [slice(None)] * x.ndim
+        for axis, i in zip(axes, place, strict=True):
+            index[axis] = i
+        return x[tuple(index)]
+
+    return [at(place) for place in np.ndindex(*(x.shape[axis] for axis in axes))]
 
 
 def _spread(small: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

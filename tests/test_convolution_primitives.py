@@ -134,6 +134,29 @@ def test_windows_that_overlap_much_stay_native_on_cpu(strides, count):
     assert text.count("stablehlo.convolution") == count
 
 
+@pytest.mark.parametrize("out_channels", [32, 64])
+def test_large_images_are_not_copied_for_the_kernel_gradient(out_channels):
+    images, kernel, geometry = problem((61, 32, 32, 8), out_channels)
+    outputs = array(61, 32, 32, out_channels)
+
+    def kernel_gradient(images, outputs):
+        return jax.vjp(lambda k: convolve(images, k, geometry), kernel)[1](outputs)
+
+    memory = jax.jit(kernel_gradient).lower(images, outputs).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < outputs.nbytes / 2
+
+
+def test_what_is_before_a_kernel_gradient_is_computed_once():
+    images, kernel, geometry = problem((4, 8, 8, 4), 8)
+
+    def gradients(images, cotangent):
+        transpose = jax.vjp(lambda *args: convolve(*args, geometry), images, kernel)[1]
+        return transpose(jnp.abs(cotangent))
+
+    program = jax.jit(gradients).lower(images, array(4, 8, 8, 8)).compile().as_text()
+    assert program.count(" abs(") == 1
+
+
 @pytest.mark.parametrize("per_device", [1, 6, 10])
 @pytest.mark.parametrize("out_channels", [4, 64])
 def test_sharded_gradients_are_checked_and_agree(per_device, out_channels):

@@ -169,6 +169,17 @@ def test_a_diverged_task_says_so(algorithm, broken):
     assert not bool(info.finite)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinite_gradient_of_a_finite_loss_is_seen(sign):
+    params = {"w": jnp.array([1.0, 0.0])}
+    task = fj.Task(jnp.zeros(()), jnp.zeros(()))
+    meta_gradient = fj.fomaml(lambda params, _: sign * jnp.sqrt(params["w"]).sum(), optax.sgd(1), 0)
+    grads, info = meta_gradient(params, task)
+    assert grads["w"][1] == sign * jnp.inf
+    assert jnp.isfinite(info.query_loss)
+    assert not bool(info.finite)
+
+
 @pytest.mark.parametrize("algorithm", [fj.fomaml, fj.reptile])
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
 def test_a_traced_number_of_steps(algorithm, num_steps):
