@@ -12,11 +12,13 @@ import frameworks
 import memory
 import meta_step
 import peers
+import time_shares
 import time_to_accuracy
 
 README = Path(__file__).with_name("README.md")
 BENCHMARKS = {
     "meta_step": meta_step,
+    "time_shares": time_shares,
     "peers": peers,
     "frameworks": frameworks,
     "memory": memory,

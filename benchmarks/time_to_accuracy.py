@@ -3,8 +3,8 @@
 Both learn the same problem: 20-way 1-shot training episodes, 5 queries a class, 2 inner steps, 4
 tasks a meta-batch, strides, 64 channels, batch statistics over each batch, a head that starts at
 zero in every task, Adam with a cosine decay, classes turned by 90 degrees as classes of their own.
-They are judged alike, on the same kind of episodes of unseen characters; judging is not timed, nor
-is compilation, which has a column of its own. They run one after the other.
+They are judged alike, on episodes of unseen characters, each turned at random; judging is not
+timed, nor is compilation, which has a column of its own. They run one after the other.
 """
 
 import argparse
@@ -121,6 +121,7 @@ def torch(chosen: options.ImageOptions, problem: problems.Problem, python: str) 
         "queries": chosen.queries,
         "width": chosen.width,
         "eval_tasks": chosen.eval_tasks,
+        "turned": isinstance(chosen, options.Omniglot),
         "judge_every": max(1, math.ceil(chosen.steps / 50)),
         "threads": os.cpu_count(),
     }

@@ -29,18 +29,19 @@ def network(params, x):
     return nn.linear(x, params[-2], params[-1])
 
 
-def episode(pictures, ways, queries, generator):
-    """Support and query pictures with labels; classes and examples without replacement."""
+def episode(pictures, ways, queries, generator, *, turned=False):
+    """Support and query pictures with labels; classes and examples without replacement.
+
+    With `turned` every class is turned by its own multiple of 90 degrees.
+    """
+
+    def examples(c):
+        picked = torch.randperm(pictures.shape[1], generator=generator)[: queries + 1]
+        turns = int(torch.randint(4, (), generator=generator)) if turned else 0
+        return torch.rot90(pictures[c, picked], turns, (-2, -1))
+
     classes = torch.randperm(len(pictures), generator=generator)[:ways]
-    picked = (
-        torch.stack(
-            [
-                pictures[c, torch.randperm(pictures.shape[1], generator=generator)[: queries + 1]]
-                for c in classes
-            ]
-        ).float()
-        / 255
-    )
+    picked = torch.stack([examples(c) for c in classes]).float() / 255
     labels = torch.arange(ways)
     support = picked[:, 0], labels
     query = picked[:, 1:].flatten(0, 1), labels.repeat_interleave(queries)
@@ -64,7 +65,9 @@ def accuracy(body, pictures, setting):
     generator = torch.Generator().manual_seed(1)
     right = []
     for _ in range(setting["eval_tasks"]):
-        support, query = episode(pictures, setting["ways"], setting["queries"], generator)
+        support, query = episode(
+            pictures, setting["ways"], setting["queries"], generator, turned=setting["turned"]
+        )
         fast = adapted(body, setting["ways"], support, setting)
         with torch.no_grad():
             right.append((network(fast, query[0]).argmax(1) == query[1]).float().mean())

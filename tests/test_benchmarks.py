@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 SHORT = {
     "meta_step": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
+    "time_shares": ["--settings", "5w1s", "--repeats", "1"],
     "peers": ["--settings", "5w1s", "sinusoid", "--tasks", "2", "--repeats", "1"],
     "frameworks": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
     "memory": ["--steps", "1", "--tasks", "2"],
