@@ -1,40 +1,78 @@
 """First-order meta-learning in JAX."""
 
-from fomaml_jax import datasets, models, tasks
+from fomaml_jax import datasets, models, rates, schedules, tasks, uneven
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.evaluation import Evaluation, evaluate
-from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, meta_learner
+from fomaml_jax.learned_rates import WithRates, learned_rates, meta_sgd
+from fomaml_jax.learner import (
+    MetaLearner,
+    MetaState,
+    StepInfo,
+    meta_learner,
+    scheduled_learner,
+    with_state,
+)
 from fomaml_jax.meta_gradients import fomaml, maml, reptile
+from fomaml_jax.order import Diagnosis, Order, check_order, diagnose
 from fomaml_jax.parallel import over_tasks
 from fomaml_jax.precision import compute_in
+from fomaml_jax.serial import serial_reptile
+from fomaml_jax.starts import prototype_head, starting_from
 from fomaml_jax.tuning import Plan, tune
-from fomaml_jax.types import AdaptInfo, Batch, LossFn, MetaGradient, Params, Task, TaskInfo
+from fomaml_jax.types import (
+    AdaptInfo,
+    Batch,
+    KeyedTask,
+    LossFn,
+    MetaGradient,
+    Params,
+    Task,
+    TaskInfo,
+    WithState,
+)
 
 __all__ = [
     "AdaptInfo",
     "Batch",
+    "Diagnosis",
     "Evaluation",
+    "KeyedTask",
     "LossFn",
     "MetaGradient",
     "MetaLearner",
     "MetaState",
+    "Order",
     "Params",
     "Plan",
     "StepInfo",
     "Task",
     "TaskInfo",
+    "WithRates",
+    "WithState",
     "adapt",
+    "check_order",
     "compute_in",
     "datasets",
+    "diagnose",
     "evaluate",
     "fomaml",
+    "learned_rates",
     "maml",
     "matmul_convolutions",
     "meta_learner",
+    "meta_sgd",
     "models",
     "over_tasks",
+    "prototype_head",
+    "rates",
     "reptile",
+    "scheduled_learner",
+    "schedules",
+    "serial_reptile",
+    "starting_from",
     "tasks",
     "tune",
+    "uneven",
+    "with_state",
 ]

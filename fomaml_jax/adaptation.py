@@ -1,12 +1,15 @@
 """The inner loop: a few optimizer steps on one task's support batch."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fomaml_jax import refusals
+from fomaml_jax.hoisting import hoisted
+from fomaml_jax.trainable import Trainable, merge, split
 from fomaml_jax.types import AdaptInfo, Batch, LossFn, Params
 
 
@@ -20,6 +23,12 @@ def adapt(
     first_order: bool = True,
     has_aux: bool = False,
     unroll: int | bool = 1,
+    trainable: Trainable | None = None,
+    per_step_support: bool = False,
+    opt_state: optax.OptState | None = None,
+    has_state: bool = False,
+    state: Any = None,
+    key: jax.Array | None = None,
 ) -> tuple[Params, AdaptInfo]:
     r"""Adapts the parameters to one task by `num_steps` optimizer steps on its support batch.
 
@@ -35,7 +44,7 @@ def adapt(
     Inside a `jax.shard_map` of your own pass it `check_vma=False`: with its default, `jax.grad`
     takes replicated parameters for shared ones and sums inner gradients over the devices.
 
-    The optimizer state starts afresh. Keep parameters in float32 even where the loss computes in
+    Keep parameters in float32 even where the loss computes in
     bfloat16: small updates vanish in bfloat16 sums.
 
     Args:
@@ -49,6 +58,20 @@ def adapt(
         first_order: whether to treat the inner gradients as constants.
         has_aux: whether `loss_fn` returns a pair.
         unroll: how many steps to unroll in the compiled loop, as in `jax.lax.scan`.
+        trainable: which leaves to adapt: `path -> bool`, with paths such as `"params/head/kernel"`,
+            or a pytree of booleans like `params`, of which one may stand for all that is below it.
+            The others cost neither gradient nor optimizer state, and what they alone make of the
+            support set is computed once, not in every step.
+        per_step_support: whether the leaves of `support` lead with an axis of `num_steps`, a batch
+            for each step.
+        opt_state: the optimizer state to start from, such as `AdaptInfo.opt_state` of the task
+            before; afresh unless given.
+        has_state: whether `loss_fn` keeps state or draws random numbers. It is then
+            `(params, batch, state, key) -> (loss, (state, aux))`, where the state goes from step to
+            step (Flax `batch_stats`, Haiku state, what NNX splits off beside its parameters) and
+            the key is another one in every step.
+        state: with `has_state`, the state to start from; any pytree of arrays.
+        key: with `has_state`, the task's PRNG key, where the loss draws random numbers.
 
     Returns:
         The adapted parameters, with the structure and dtypes of `params`, and an `AdaptInfo`.
@@ -72,33 +95,112 @@ def adapt(
         Finn, Abbeel, Levine, `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_,
         2017, section 5.2.
     """
+    start, step, merged = inner_loop(
+        loss_fn,
+        params,
+        support,
+        optimizer,
+        num_steps,
+        first_order=first_order,
+        has_aux=has_aux,
+        trainable=trainable,
+        per_step_support=per_step_support,
+        has_state=has_state,
+        state=state,
+        key=key,
+    )
+    if opt_state is not None:
+        start = start._replace(opt_state=opt_state)
+    end, info = repeat(step, start, num_steps, unroll)
+    return merged(end), info._replace(opt_state=end.opt_state, state=end.state)
+
+
+class InnerState(NamedTuple):
+    """What goes from step to step: adapted leaves, two states, and the count of steps."""
+
+    adapted: Params
+    opt_state: optax.OptState
+    state: Any
+    step: jax.Array
+
+
+def inner_loop(
+    loss_fn: LossFn,
+    params: Params,
+    support: Batch,
+    optimizer: optax.GradientTransformation,
+    num_steps: int | jax.Array,
+    *,
+    first_order: bool = True,
+    has_aux: bool = False,
+    trainable: Trainable | None = None,
+    per_step_support: bool = False,
+    has_state: bool = False,
+    state: Any = None,
+    key: jax.Array | None = None,
+) -> tuple[InnerState, Callable[[InnerState], tuple[InnerState, AdaptInfo]], Callable[..., Params]]:
+    """The loop of `adapt` in its parts: where it starts, a step, and a state's whole parameters."""
     num_steps = refusals.check_num_steps(num_steps)
     refusals.check_optimizer(optimizer)
     refusals.check_params(params)
     refusals.check_batch("support", support)
     refusals.check_rates(optimizer, params)
+    if per_step_support:
+        refusals.check_per_step(support, num_steps)
 
     stop = jax.lax.stop_gradient if first_order else lambda x: x
     optimizer = optax.with_extra_args_support(optimizer)
-    loss = refusals.checked_loss(loss_fn, has_aux)
+    objective = refusals.checked_loss(loss_fn, has_aux, has_state)
+    params = jax.tree.map(jnp.asarray, params)
+    adapted, frozen = split(True if trainable is None else trainable, params)
 
-    def step(carry):
-        theta, state = carry
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(theta, support)
-        updates, state = optimizer.update(
-            stop(grads),
-            state,
-            stop(theta),
-            value=stop(value),
-            grad=stop(grads),
-            value_fn=lambda theta: loss(theta, support)[0],
+    def merged(inner: InnerState) -> Params:
+        return merge(inner.adapted, frozen)
+
+    def loss_on(support, inner):
+        def loss(adapted):
+            return objective(merge(adapted, stop(frozen)), support, *context(inner, key))
+
+        return loss
+
+    start = InnerState(adapted, optimizer.init(stop(adapted)), state, step=jnp.zeros((), jnp.int32))
+    constant = None
+    if trainable is not None and not (per_step_support or has_state):
+        # What frozen leaves alone make of the support set is the same in every step.
+        constant = hoisted(loss_on(support, start), stop(adapted))
+
+    def step(inner):
+        loss = constant or loss_on(batch_at(inner.step), inner)
+        theta = stop(inner.adapted)
+        (value, (after, aux)), grads = jax.value_and_grad(loss, has_aux=True)(theta)
+        updates, opt_state = optimizer.update(
+            grads,
+            inner.opt_state,
+            theta,
+            value=value,
+            grad=grads,
+            value_fn=lambda adapted: loss(adapted)[0],
         )
-        return (optax.apply_updates(theta, updates), state), AdaptInfo(value, aux)
+        moved = optax.apply_updates(inner.adapted, updates)
+        return InnerState(moved, opt_state, stop(after), inner.step + 1), AdaptInfo(value, aux)
 
-    start = (jax.tree.map(jnp.asarray, params), optimizer.init(stop(params)))
+    def batch_at(step):
+        return jax.tree.map(lambda x: x[step], support) if per_step_support else support
+
+    return start, step, merged
+
+
+def context(inner: InnerState, key: jax.Array | None, *, query: bool = False) -> tuple[Any, Any]:
+    """The state and the key for the next loss: no two of a task, support or query, share a key."""
+    if key is not None:
+        key = jax.random.fold_in(key, 2 * inner.step + int(query))
+    return inner.state, key
+
+
+def repeat(step, start, num_steps, unroll):
+    """`num_steps` times `step`, from `start`."""
     loop = _traced_loop if isinstance(num_steps, jax.Array) else _scan
-    (adapted, _), info = loop(step, start, num_steps, unroll)
-    return adapted, info
+    return loop(step, start, refusals.check_num_steps(num_steps), unroll)
 
 
 def _scan(step, start, num_steps, unroll):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fomaml_jax import refusals
-from fomaml_jax.types import MetaGradient, Params, TaskInfo
+from fomaml_jax.types import MetaGradient, Params, TaskInfo, WithState
 
 
 class MetaState(NamedTuple):
@@ -39,6 +39,14 @@ class StepInfo(NamedTuple):
     num_finite: jax.Array
     grad_norm: jax.Array
     tasks: TaskInfo
+
+    @classmethod
+    def of(cls, tasks: TaskInfo, grad_norm: jax.Array) -> "StepInfo":
+        """From what each task saw."""
+        num_finite = tasks.finite.sum(dtype=jnp.int32)
+        total = jnp.where(tasks.finite, tasks.query_loss, 0).sum()
+        loss = total / jnp.maximum(num_finite, 1).astype(total.dtype)
+        return cls(loss, num_finite, grad_norm, tasks)
 
 
 class MetaLearner(NamedTuple):
@@ -86,11 +94,6 @@ def meta_learner(
     """
     refusals.check_optimizer(optimizer)
 
-    def init(params: Params) -> MetaState:
-        refusals.check_params(params)
-        params = jax.tree.map(jnp.asarray, params)
-        return MetaState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
         grads, info = meta_gradient(state.params, tasks)
         if info.query_loss.ndim != 1:
@@ -98,18 +101,84 @@ def meta_learner(
                 "meta_gradient is one for a single task (its query_loss has shape "
                 f"{info.query_loss.shape}, not [tasks]); wrap it: over_tasks(meta_gradient)"
             )
-        seen = _step_info(grads, info)
+        seen = StepInfo.of(info, optax.tree.norm(grads))
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state.opt_state, state.params, value=seen.loss, grad=grads
         )
         params = optax.apply_updates(state.params, updates)
         return MetaState(params, opt_state, state.step + 1), seen
 
-    return MetaLearner(init, step)
+    return MetaLearner(initial(optimizer), step)
 
 
-def _step_info(grads: Params, info: TaskInfo) -> StepInfo:
-    num_finite = info.finite.sum(dtype=jnp.int32)
-    total = jnp.where(info.finite, info.query_loss, 0).sum()
-    loss = total / jnp.maximum(num_finite, 1).astype(total.dtype)
-    return StepInfo(loss, num_finite, optax.tree.norm(grads), info)
+def scheduled_learner(
+    make_meta_gradient: Callable[[jax.Array], MetaGradient],
+    optimizer: optax.GradientTransformation,
+) -> MetaLearner:
+    """A `meta_learner` whose meta-gradient depends on the outer step.
+
+    Args:
+        make_meta_gradient: `step -> meta_gradient`, where `step` is an int32 scalar, traced under
+            `jax.jit`: for step weights that are annealed, inner rates that decay, a number of
+            inner steps that grows, or `fj.schedules.first_then_second_order`.
+        optimizer: any optax transformation.
+
+    Returns:
+        A `MetaLearner`.
+
+    Raises:
+        TypeError: for an optimizer that is not one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, fomaml_jax as fj
+        >>> loss = lambda theta, centre: 0.5 * jnp.sum((theta - centre) ** 2)
+        >>> def at(step):
+        ...     weights = fj.schedules.multi_step_weights(3, step, until=100)
+        ...     return fj.over_tasks(fj.fomaml(loss, optax.sgd(0.5), 3, step_weights=weights))
+        >>> learner = fj.scheduled_learner(at, optax.sgd(1.0))
+        >>> centres = jnp.array([[1.0], [3.0]])
+        >>> state, _ = learner.step(learner.init(jnp.zeros(1)), fj.Task(centres, centres))
+    """
+    refusals.check_optimizer(optimizer)
+
+    def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
+        return meta_learner(make_meta_gradient(state.step), optimizer).step(state, tasks)
+
+    return MetaLearner(initial(optimizer), step)
+
+
+def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaState]:
+    """A learner's `init`."""
+
+    def init(params: Params) -> MetaState:
+        refusals.check_params(params)
+        params = jax.tree.map(jnp.asarray, params)
+        return MetaState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    return init
+
+
+def with_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An outer optimizer for `WithState`: the parameters by `optimizer`, the state to its mean.
+
+    Args:
+        optimizer: for the parameters.
+
+    Returns:
+        An optax transformation of `WithState` trees.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, fomaml_jax as fj
+        >>> def loss(params, batch, state, key):  # keeps the mean of what it has seen
+        ...     return jnp.mean((params - batch) ** 2), (batch.mean(), None)
+        >>> meta_gradient = fj.over_tasks(fj.fomaml(loss, optax.sgd(0.1), 1, has_state=True))
+        >>> learner = fj.meta_learner(meta_gradient, fj.with_state(optax.adam(0.1)))
+        >>> state = learner.init(fj.WithState(params=jnp.zeros(()), state=jnp.zeros(())))
+        >>> batches = jnp.array([[1.0, 1.0], [3.0, 3.0]])
+        >>> learner.step(state, fj.Task(batches, batches))[0].params.state
+        Array(2., dtype=float32)
+    """
+    refusals.check_optimizer(optimizer)
+    return optax.partition(
+        {"params": optimizer, "state": optax.sgd(1.0)}, WithState("params", "state")
+    )

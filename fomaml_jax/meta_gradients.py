@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ import optax
 from jax.core import Tracer
 
 from fomaml_jax import refusals
-from fomaml_jax.adaptation import adapt
+from fomaml_jax.adaptation import context, inner_loop, repeat
 from fomaml_jax.convolutions import matmul_convolutions
-from fomaml_jax.types import AdaptInfo, Batch, LossFn, MetaGradient, Params, Task, TaskInfo
+from fomaml_jax.trainable import Trainable
+from fomaml_jax.types import AdaptInfo, LossFn, MetaGradient, Params, Task, TaskInfo, WithState
 from fomaml_jax.variants import with_variants
 
 
@@ -24,6 +26,9 @@ def fomaml(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
+    trainable: Trainable | None = None,
+    step_weights: Any = None,
+    has_state: bool = False,
 ) -> MetaGradient:
     r"""First-order MAML for one task: the query gradient at the adapted parameters.
 
@@ -39,6 +44,15 @@ def fomaml(
         num_steps: inner steps, at least 0; may be traced.
         has_aux: whether `loss_fn` returns a pair.
         unroll: as in `jax.lax.scan`.
+        trainable: which leaves the inner loop adapts, as in `adapt`; all of them have their
+            meta-gradient. The head alone is ANIL, all but the head BOIL.
+        step_weights: `[num_steps]`, traced if you like; the meta-gradient is then
+            :math:`\sum_k w_k \nabla L_{query}(\theta_k)` over the parameters after each step
+            (the multi-step loss of MAML++), at one query gradient a step. `TaskInfo.query_loss`
+            stays the one after the last step.
+        has_state: whether the loss keeps state or draws random numbers; it is then
+            `(params, batch, state, key) -> (loss, (state, aux))` as in `adapt`, the shared
+            parameters are a `WithState`, and a `KeyedTask` gives the task its key.
 
     Returns:
         A function `(params, task) -> (grads, TaskInfo)` for one task; `over_tasks` makes it one
@@ -55,17 +69,112 @@ def fomaml(
     References:
         Finn, Abbeel, Levine, `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_,
         2017; Nichol, Achiam, Schulman,
-        `On First-Order Meta-Learning Algorithms <https://arxiv.org/abs/1803.02999>`_, 2018.
+        `On First-Order Meta-Learning Algorithms <https://arxiv.org/abs/1803.02999>`_, 2018; Raghu
+        et al., `Rapid Learning or Feature Reuse? <https://arxiv.org/abs/1909.09157>`_ (ANIL), 2020;
+        Oh et al., `BOIL <https://arxiv.org/abs/2008.08882>`_, 2021; Antoniou, Edwards, Storkey,
+        `How to train your MAML <https://arxiv.org/abs/1810.09502>`_ (MAML++), 2019.
     """
-    loss, adapt_to = _inner_loop(loss_fn, optimizer, num_steps, has_aux, unroll)
+    _check(loss_fn, optimizer, num_steps, has_aux, has_state)
+    weights = checked_weights(step_weights, num_steps)
 
-    def meta_gradient(params: Params, task: Task) -> tuple[Params, TaskInfo]:
-        _check_task(task)
-        adapted, inner = adapt_to(params, task.support)
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(adapted, task.query)
-        return grads, _task_info(value, inner, grads, aux)
+    def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
+        def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
+            params, of_task = _opened(shared, task, has_state)
+            _, (grads, state, info) = query_gradients(
+                loss_fn,
+                params,
+                task,
+                optimizer,
+                num_steps,
+                weights=weights,
+                has_aux=has_aux,
+                unroll=unroll,
+                trainable=trainable,
+                **of_task,
+            )
+            return _closed(grads, state, shared, has_state), info
 
-    return _variable(fomaml, meta_gradient, loss_fn, optimizer, num_steps, has_aux, unroll)
+        return meta_gradient
+
+    return _in_its_forms(form, loss_fn, num_steps, unroll)
+
+
+def query_gradients(
+    loss_fn: LossFn,
+    params: Params,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    num_steps: int | jax.Array,
+    *,
+    weights: jax.Array | None,
+    has_aux: bool,
+    unroll: int | bool,
+    trainable: Trainable | None,
+    has_state: bool = False,
+    state: Any = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[Params, Any, TaskInfo]]:
+    """The weighted query loss; the meta-gradient of `fomaml`, the last state, the `TaskInfo`.
+
+    The loss can be differentiated with respect to what the optimizer was made from, such as learned
+    rates, without the losses' own backward passes being differentiated in turn.
+    """
+    _check_task(task)
+    start, step, merged = inner_loop(
+        loss_fn,
+        params,
+        task.support,
+        optimizer,
+        num_steps,
+        has_aux=has_aux,
+        trainable=trainable,
+        has_state=has_state,
+        state=state,
+        key=key,
+    )
+    objective = refusals.checked_loss(loss_fn, has_aux, has_state)
+    query_gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def judge(inner):
+        theta = merged(inner)
+        (value, (state, aux)), grads = query_gradient(
+            jax.lax.stop_gradient(theta), task.query, *context(inner, key, query=True)
+        )
+        return (_with_derivative(value, grads, theta), grads), state, aux
+
+    if weights is None:
+        end, seen = repeat(step, start, num_steps, unroll)
+        (value, grads), state, aux = judge(end)
+        return value, (grads, state, _task_info(value, seen, grads, aux))
+
+    def judged_step(carry):
+        total, inner = carry
+        weight = weights[inner.step]
+        inner, info = step(inner)
+        more, state, aux = judge(inner)
+        total = jax.tree.map(lambda t, m: t + weight.astype(m.dtype) * m, total, more)
+        return (total, inner), (info, more[0], state, aux)
+
+    shapes = jax.eval_shape(lambda inner: judge(inner)[0], start)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    ((value, grads), _), path = repeat(judged_step, (nothing, start), num_steps, unroll)
+    seen, values, states, auxes = path
+    info = _task_info(values[-1], seen, grads, _last(auxes))
+    return value, (grads, _last(states), info)
+
+
+@jax.custom_jvp
+def _with_derivative(value: jax.Array, grads: Params, theta: Params) -> jax.Array:
+    """The value, with `grads` for its derivative with respect to `theta`."""
+    del grads, theta
+    return value
+
+
+@_with_derivative.defjvp
+def _derivative(primals, tangents):
+    value, grads, _ = primals
+    along = optax.tree.vdot(grads, tangents[2])
+    return value, jnp.asarray(along, value.dtype)
 
 
 def maml(
@@ -75,6 +184,10 @@ def maml(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
+    trainable: Trainable | None = None,
+    step_weights: Any = None,
+    remat: bool = False,
+    has_state: bool = False,
 ) -> MetaGradient:
     r"""Second-order MAML for one task: the derivative of the query loss through the inner loop.
 
@@ -93,6 +206,11 @@ def maml(
         num_steps: inner steps, a Python int of at least 0.
         has_aux: whether `loss_fn` returns a pair.
         unroll: as in `jax.lax.scan`.
+        trainable: as for `fomaml`.
+        step_weights: as for `fomaml`: the meta-gradient of the weighted sum of query losses.
+        remat: whether to compute every inner step again for the backward pass instead of keeping
+            what it computed: parameters and optimizer state alone are kept for each step.
+        has_state: as for `fomaml`; the state itself is not differentiated.
 
     Returns:
         A function `(params, task) -> (grads, TaskInfo)`; it raises as `adapt` does.
@@ -109,26 +227,59 @@ def maml(
         Finn, Abbeel, Levine, `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_,
         2017.
     """
-    loss, adapt_to = _inner_loop(loss_fn, optimizer, num_steps, has_aux, unroll, first_order=False)
+    _check(loss_fn, optimizer, num_steps, has_aux, has_state)
+    weights = checked_weights(step_weights, num_steps)
 
-    def meta_gradient(params: Params, task: Task) -> tuple[Params, TaskInfo]:
-        _check_task(task)
-        if isinstance(num_steps, jax.Array):
-            raise TypeError(
-                "maml differentiates through the inner loop, so num_steps must be a Python int; "
-                "mark it static, or use fomaml, which takes an array"
+    def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
+        objective = refusals.checked_loss(loss_fn, has_aux, has_state)
+
+        def after_adaptation(params: Params, task: Any, of_task: dict[str, Any]) -> Any:
+            start, step, merged = inner_loop(
+                loss_fn,
+                params,
+                task.support,
+                optimizer,
+                num_steps,
+                first_order=False,
+                has_aux=has_aux,
+                trainable=trainable,
+                **of_task,
             )
-        _warn_of_infinite_curvature(optimizer, params)
+            step = jax.checkpoint(step) if remat else step
 
-        def after_adaptation(params):
-            adapted, inner = adapt_to(params, task.support)
-            value, aux = loss(adapted, task.query)
-            return value, (inner, aux)
+            def judge(inner):
+                state_and_key = context(inner, of_task.get("key"), query=True)
+                return objective(merged(inner), task.query, *state_and_key)
 
-        (value, (inner, aux)), grads = jax.value_and_grad(after_adaptation, has_aux=True)(params)
-        return grads, _task_info(value, inner, grads, aux)
+            if weights is None:
+                end, seen = repeat(step, start, num_steps, unroll)
+                value, (state, aux) = judge(end)
+                return value, (value, seen, state, aux)
 
-    return _variable(maml, meta_gradient, loss_fn, optimizer, num_steps, has_aux, unroll)
+            def judged_step(inner):
+                inner, info = step(inner)
+                return inner, (info, judge(inner))
+
+            _, (seen, (values, (states, auxes))) = repeat(judged_step, start, num_steps, unroll)
+            total = (weights.astype(values.dtype) * values).sum()
+            return total, (values[-1], seen, _last(states), _last(auxes))
+
+        def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
+            _check_task(task)
+            if isinstance(num_steps, jax.Array):
+                raise TypeError(
+                    "maml differentiates through the inner loop, so num_steps must be a Python "
+                    "int; mark it static, or use fomaml, which takes an array"
+                )
+            params, of_task = _opened(shared, task, has_state)
+            _warn_of_infinite_curvature(optimizer, params)
+            through = jax.value_and_grad(after_adaptation, has_aux=True)
+            (_, (value, seen, state, aux)), grads = through(params, task, of_task)
+            return _closed(grads, state, shared, has_state), _task_info(value, seen, grads, aux)
+
+        return meta_gradient
+
+    return _in_its_forms(form, loss_fn, num_steps, unroll)
 
 
 def reptile(
@@ -138,6 +289,9 @@ def reptile(
     *,
     has_aux: bool = False,
     unroll: int | bool = 1,
+    trainable: Trainable | None = None,
+    per_step_support: bool = False,
+    has_state: bool = False,
 ) -> MetaGradient:
     r"""Reptile for one task: the way from the adapted parameters back to the shared ones.
 
@@ -154,6 +308,11 @@ def reptile(
         num_steps: inner steps, at least 0; with 0 the meta-gradient is zero. May be traced.
         has_aux: whether `loss_fn` returns a pair.
         unroll: as in `jax.lax.scan`.
+        trainable: as for `fomaml`; leaves that are not adapted have a meta-gradient of zero.
+        per_step_support: whether the leaves of `task.support` lead with an axis of `num_steps`, a
+            minibatch for each step, as in the authors' code.
+        has_state: as for `fomaml`; the state's gradient is the way back from where adaptation left
+            it.
 
     Returns:
         A function `(params, task) -> (grads, TaskInfo)`; it raises as `adapt` does.
@@ -170,23 +329,64 @@ def reptile(
         Nichol, Achiam, Schulman,
         `On First-Order Meta-Learning Algorithms <https://arxiv.org/abs/1803.02999>`_, 2018.
     """
-    loss, adapt_to = _inner_loop(loss_fn, optimizer, num_steps, has_aux, unroll)
+    _check(loss_fn, optimizer, num_steps, has_aux, has_state)
 
-    def meta_gradient(params: Params, task: Task) -> tuple[Params, TaskInfo]:
-        _check_task(task)
-        adapted, inner = adapt_to(params, task.support)
-        value, aux = loss(adapted, task.query)
-        grads = jax.tree.map(jnp.subtract, params, adapted)
-        return grads, _task_info(value, inner, grads, aux)
+    def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
+        objective = refusals.checked_loss(loss_fn, has_aux, has_state)
 
-    return _variable(reptile, meta_gradient, loss_fn, optimizer, num_steps, has_aux, unroll)
+        def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
+            _check_task(task)
+            params, of_task = _opened(shared, task, has_state)
+            start, step, merged = inner_loop(
+                loss_fn,
+                params,
+                task.support,
+                optimizer,
+                num_steps,
+                has_aux=has_aux,
+                trainable=trainable,
+                per_step_support=per_step_support,
+                **of_task,
+            )
+            end, seen = repeat(step, start, num_steps, unroll)
+            adapted, state_and_key = merged(end), context(end, of_task.get("key"), query=True)
+            # The state is the one after adaptation: like the parameters, it has not seen the query.
+            value, (_, aux) = objective(adapted, task.query, *state_and_key)
+            grads = jax.tree.map(jnp.subtract, params, adapted)
+            info = _task_info(value, seen, grads, aux)
+            return _closed(grads, end.state, shared, has_state), info
+
+        return meta_gradient
+
+    return _in_its_forms(form, loss_fn, num_steps, unroll)
+
+
+def _opened(shared: Any, task: Any, has_state: bool) -> tuple[Params, dict[str, Any]]:
+    """The parameters, and what the inner loop needs to know of state and randomness."""
+    if not has_state:
+        return shared, {}
+    refusals.check_with_state(shared)
+    key = getattr(task, "key", None)
+    return shared.params, {"has_state": True, "state": shared.state, "key": key}
+
+
+def _closed(grads: Params, state: Any, shared: Any, has_state: bool) -> Any:
+    """The gradients, beside them the way back from the last state to the shared one."""
+    if not has_state:
+        return grads
+    return WithState(grads, jax.tree.map(jnp.subtract, shared.state, state))
 
 
 # Longer loops are not unrolled: compile time grows with them, and nothing else is gained.
 _MAX_UNROLLED = 10
 
 
-def _variable(algorithm, meta_gradient, loss_fn, optimizer, num_steps, has_aux, unroll):
+def _in_its_forms(
+    form: Callable[[LossFn, int | bool], MetaGradient],
+    loss_fn: LossFn,
+    num_steps: int | jax.Array,
+    unroll: int | bool,
+) -> MetaGradient:
     """Lets `tune` try the algorithm with its convolutions and its loop in their other forms."""
 
     def variants() -> dict[str, MetaGradient]:
@@ -195,37 +395,28 @@ def _variable(algorithm, meta_gradient, loss_fn, optimizer, num_steps, has_aux, 
         if not isinstance(num_steps, jax.Array) and 1 < num_steps <= _MAX_UNROLLED:
             rolled = unroll is not True and unroll <= 1
             loops |= {"unrolled": True} if rolled else {"not unrolled": 1}
-
-        def made(loss, unroll):
-            return algorithm(loss, optimizer, num_steps, has_aux=has_aux, unroll=unroll)
-
         return {
-            ", ".join(filter(None, names)) or "as given": made(losses[names[0]], loops[names[1]])
+            ", ".join(filter(None, names)) or "as given": form(losses[names[0]], loops[names[1]])
             for names in itertools.product(losses, loops)
         }
 
-    return with_variants(meta_gradient, variants)
+    return with_variants(form(loss_fn, unroll), variants)
 
 
-def _inner_loop(loss_fn, optimizer, num_steps, has_aux, unroll, *, first_order=True):
-    """The checked loss, and the inner loop as `(params, support) -> (adapted, AdaptInfo)`."""
-    loss = refusals.checked_loss(loss_fn, has_aux)
+def _check(loss_fn, optimizer, num_steps, has_aux, has_state) -> None:
+    """Refuses at once what would otherwise be refused at the first call."""
+    refusals.checked_loss(loss_fn, has_aux, has_state)
     refusals.check_optimizer(optimizer)
     refusals.check_num_steps(num_steps)
 
-    def adapt_to(params: Params, support: Batch) -> tuple[Params, AdaptInfo]:
-        return adapt(
-            loss_fn,
-            params,
-            support,
-            optimizer,
-            num_steps,
-            first_order=first_order,
-            has_aux=has_aux,
-            unroll=unroll,
-        )
 
-    return loss, adapt_to
+def checked_weights(step_weights: Any, num_steps: int | jax.Array) -> jax.Array | None:
+    """The weights as an array, where there are any."""
+    return None if step_weights is None else refusals.check_step_weights(step_weights, num_steps)
+
+
+def _last(stacked: Any) -> Any:
+    return jax.tree.map(lambda x: x[-1], stacked)
 
 
 def _task_info(value: jax.Array, inner: AdaptInfo, grads: Params, aux: Any) -> TaskInfo:

@@ -67,8 +67,9 @@ def conv4(
             one head rate fits every image.
 
     Returns:
-        A Flax module `[images, height, width, channels] -> [images, ways]`. Its convolutions are
-        native; wrap the loss in `matmul_convolutions`.
+        A Flax module `[images, height, width, channels] -> [images, ways]`, which also takes
+        weights `[images]` for its batch statistics (see `fj.uneven`). Its convolutions are native;
+        wrap the loss in `matmul_convolutions`.
 
     Example:
         >>> import jax, jax.numpy as jnp, fomaml_jax as fj
@@ -107,12 +108,13 @@ class _Conv4(nn.Module):
     features: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, weights=None):
         if self.pooling == "max" and min(x.shape[1:3]) < 16:
             raise ValueError(
                 "pooling='max' halves pictures four times; pass pictures of at least 16 x 16, got "
                 f"{x.shape[1]} x {x.shape[2]}, or pooling='stride'"
             )
+        x = without_padding(x, weights)
         for block in range(4):
             x = nn.Conv(
                 self.width,
@@ -122,7 +124,7 @@ class _Conv4(nn.Module):
                 kernel_init=nn.initializers.he_normal(),
                 name=f"conv{block}",
             )(x)
-            x = BatchStatistics(name=f"norm{block}")(x)
+            x = BatchStatistics(name=f"norm{block}")(x, weights)
             if block < 3 or self.features != "scaled":
                 x = nn.relu(x)
             if self.pooling == "max":
@@ -147,15 +149,41 @@ class BatchStatistics(nn.Module):
     epsilon: float = 1e-3
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises `[..., channels]` over all axes but the last."""
+    def __call__(self, x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+        """Normalises `[examples, ..., channels]` over all axes but the last.
+
+        With `weights`, `[examples]`, examples count by them in the statistics, and those of weight
+        zero (the padding of uneven tasks) not at all.
+        """
         axes = tuple(range(x.ndim - 1))
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], x.dtype)
         shift = self.param("shift", nn.initializers.zeros, x.shape[-1:], x.dtype)
-        centred = x - x.mean(axes, keepdims=True)
-        variance = jnp.mean(centred**2, axes)
-        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+        x = without_padding(x, weights)
+        if weights is not None:
+            weights = weights.reshape(-1, *(1 for _ in x.shape[1:])).astype(x.dtype)
+            weights = weights / weights.mean()
+
+        def mean(x):
+            return (x if weights is None else weights * x).mean(axes)
+
+        centred = x - jnp.expand_dims(mean(x), axes)
+        factor = scale * jax.lax.rsqrt(mean(centred**2) + self.epsilon)
         return centred * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)
+
+
+def without_padding(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Zeros where the weight of an example is zero: a NaN there would reach every gradient.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> fj.models.without_padding(jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0]))
+        Array([[1.],
+               [0.]], dtype=float32)
+    """
+    if weights is None:
+        return x
+    real = weights.reshape(-1, *(1 for _ in x.shape[1:])) > 0
+    return jnp.where(real, x, jnp.zeros_like(x))
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ def over_tasks(
     tasks_at_once: TasksAtOnce = "auto",
     on_nonfinite: Literal["skip", "propagate"] = "skip",
     mesh: jax.sharding.Mesh | None = None,
+    task_weight: Callable[[Any], Any] | None = None,
 ) -> MetaGradient:
     """Makes a per-task meta-gradient one for a meta-batch: the mean over its tasks.
 
@@ -47,6 +48,8 @@ def over_tasks(
             all-reduce joins the gradients. Their number must be a multiple of the mesh's size. On
             CPU set `jax.config.update("jax_num_cpu_devices", os.cpu_count())` first: a scan over
             small tasks keeps but one core busy.
+        task_weight: `task -> []`, how much a task counts in the mean gradient (the number of its
+            records, say); at least zero, relative. All tasks count the same unless given.
 
     Returns:
         A function `(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`.
@@ -77,16 +80,23 @@ def over_tasks(
 
     def mean_meta_gradient(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
         def add_chunk(total, chunk):
-            grads, info = together(lambda task: meta_gradient(params, task), chunk)
+            grads, info, weight = together(one_task, chunk)
             keep = jnp.ones_like(info.finite) if on_nonfinite == "propagate" else info.finite
-            sums = jax.tree.map(lambda g: _sum_kept(g, keep), grads)
-            return jax.tree.map(jnp.add, total, (sums, keep.sum(dtype=jnp.float32))), info
+            sums = jax.tree.map(lambda g: _sum_kept(g, keep), (grads, weight))
+            return jax.tree.map(jnp.add, total, sums), info
+
+        def one_task(task):
+            grads, info = meta_gradient(params, task)
+            if task_weight is None:
+                return grads, info, jnp.ones((), jnp.float32)
+            weight = jnp.asarray(task_weight(task), jnp.float32)
+            return jax.tree.map(lambda g: weight.astype(g.dtype) * g, grads), info, weight
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _accumulator(p.dtype)), params)
         start = (zeros, jnp.zeros((), jnp.float32))
         total, info = in_chunks(add_chunk, start, tasks, tasks_at_once)
-        sums, num_kept = _sum_over_devices(total, axes)
-        count = jnp.maximum(num_kept, 1)
+        sums, weight = _sum_over_devices(total, axes)
+        count = jnp.where(weight > 0, weight, 1)
         mean = jax.tree.map(lambda t, p: (t / count.astype(t.dtype)).astype(p.dtype), sums, params)
         return mean, info
 

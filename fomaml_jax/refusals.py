@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
-from fomaml_jax.types import Batch, LossFn, Params
+from fomaml_jax.types import Batch, LossFn, Objective, Params
 
 
 def check_params(params: Params) -> None:
@@ -43,6 +43,22 @@ def check_batch(name: str, batch: Batch) -> None:
                 f"{name}{jax.tree_util.keystr(path)} is empty (shape {np.shape(leaf)}); "
                 "pass at least one example"
             )
+
+
+def check_same_examples(batch: Batch) -> int:
+    """Returns the number of examples that every leaf leads with."""
+    sizes = {
+        f"batch{jax.tree_util.keystr(path)}": np.shape(x)[:1]
+        for path, x in jax.tree.leaves_with_path(batch)
+    }
+    first, size = next(iter(sizes.items()))
+    for name, other in sizes.items():
+        if not other or other != size:
+            raise ValueError(
+                f"{name} leads with {other[0] if other else 'no'} examples but {first} with "
+                f"{size[0] if size else 'none'}; every leaf must lead with the same number"
+            )
+    return size[0]
 
 
 def check_num_steps(num_steps: Any) -> int | jax.Array:
@@ -81,21 +97,24 @@ def check_rates(optimizer: optax.GradientTransformation, params: Params) -> None
         )
 
 
-def checked_loss(loss_fn: LossFn, has_aux: bool):
-    """The loss function as `(params, batch) -> (loss, aux)`, refusing what is not a scalar."""
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function (params, batch) -> loss, got {loss_fn!r}")
+def checked_loss(loss_fn: LossFn, has_aux: bool, has_state: bool = False) -> Objective:
+    """The loss function in the form that all have inside, refusing what is not a scalar.
 
-    def loss_and_aux(params: Params, batch: Batch) -> tuple[jax.Array, Any]:
-        out = loss_fn(params, batch)
-        is_pair = isinstance(out, tuple) and len(out) == 2
-        if has_aux != is_pair:
-            raise TypeError(
-                f"loss_fn returned {_describe(out)} with has_aux={has_aux}; return a scalar, "
-                "or (scalar, aux) with has_aux=True"
-            )
+    That form is `(params, batch, state, key) -> (loss, (state, aux))`; a loss without state hands
+    on what it is given.
+    """
+    if not callable(loss_fn):
+        form = "(params, batch, state, key)" if has_state else "(params, batch)"
+        raise TypeError(f"loss_fn must be a function {form} -> loss, got {loss_fn!r}")
+
+    call: Any = loss_fn
+
+    def objective(params: Params, batch: Batch, state: Any = None, key: Any = None):
         loss: Any
-        loss, aux = out if has_aux else (out, None)
+        if has_state:
+            loss, state, aux = _stateful(call(params, batch, state, key), state)
+        else:
+            loss, aux = _stateless(call(params, batch), has_aux)
         if (
             loss is None
             or np.shape(loss) != ()
@@ -105,9 +124,31 @@ def checked_loss(loss_fn: LossFn, has_aux: bool):
                 f"loss_fn must return a real scalar, got {_describe(loss)}; "
                 "take the mean over the examples"
             )
-        return loss, aux
+        return loss, (state, aux)
 
-    return loss_and_aux
+    return objective
+
+
+def _stateless(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    is_pair = isinstance(out, tuple) and len(out) == 2
+    if has_aux != is_pair:
+        raise TypeError(
+            f"loss_fn returned {_describe(out)} with has_aux={has_aux}; return a scalar, "
+            "or (scalar, aux) with has_aux=True"
+        )
+    return out if has_aux else (out, None)
+
+
+def _stateful(out: Any, state: Any) -> tuple[Any, Any, Any]:
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple)) or (
+        len(out[1]) != 2
+    ):
+        raise TypeError(
+            f"with has_state=True loss_fn must return (loss, (state, aux)), got {_describe(out)}"
+        )
+    loss, (after, aux) = out
+    check_like_params("loss_fn's state", after, state)
+    return loss, after, aux
 
 
 def check_task_axis(tasks: Any) -> int:
@@ -139,6 +180,95 @@ def check_divides(num_tasks: int, mesh: jax.sharding.Mesh) -> None:
             f"tasks: {num_tasks} tasks do not divide among the {mesh.size} devices of the mesh; "
             f"pass {fitting}"
         )
+
+
+def broadcast_mask(trainable: Any, params: Params) -> Any:
+    """A tree of booleans for every leaf, from one that may stop earlier."""
+    try:
+        return jax.tree.map(
+            lambda choice, below: jax.tree.map(lambda _: choice, below), trainable, params
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "trainable does not fit the structure of params; pass a pytree of booleans of that "
+            f"structure (one may stand for all below it), or a function of the path: {error}"
+        ) from None
+
+
+def check_mask(mask: Any, params: Params) -> None:
+    """Refuses choices that are not booleans, and a choice of nothing."""
+    choices = jax.tree.leaves_with_path(mask)
+    for path, choice in choices:
+        if not isinstance(choice, bool | np.bool_):
+            raise TypeError(
+                f"trainable says {choice!r} of params{jax.tree_util.keystr(path)}; say True for "
+                "what the inner loop adapts and False for what it leaves alone"
+            )
+    if not any(choice for _, choice in choices):
+        names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in choices]
+        raise ValueError(
+            f"trainable chooses no parameter; choose at least one of {', '.join(names[:20])}"
+        )
+
+
+def check_like_params(name: str, out: Any, params: Params) -> None:
+    """Refuses what a function made of the parameters if it is not like them."""
+
+    def described(tree):
+        return jax.tree.map(lambda x: (np.shape(x), jnp.result_type(x)), tree)
+
+    if described(out) != described(params):
+        raise ValueError(
+            f"{name} must have the structure, shapes and dtypes that it was given; got "
+            f"{jax.tree.map(jax.typeof, out)} for {jax.tree.map(jax.typeof, params)}"
+        )
+
+
+def check_with_state(shared: Any) -> None:
+    """Refuses parameters without a state beside them."""
+    if not (hasattr(shared, "params") and hasattr(shared, "state")):
+        raise TypeError(
+            "with has_state=True the shared parameters are a fomaml_jax.WithState(params, state), "
+            f"got a {type(shared).__name__}"
+        )
+
+
+def check_with_rates(shared: Any) -> None:
+    """Refuses parameters without rates beside them."""
+    if not (hasattr(shared, "params") and hasattr(shared, "rates")):
+        raise TypeError(
+            "with learned rates the shared parameters are a fomaml_jax.WithRates(params, rates), "
+            f"got a {type(shared).__name__}"
+        )
+
+
+def check_per_step(support: Batch, num_steps: int | jax.Array) -> None:
+    """Refuses a support set that does not lead with one batch for every step."""
+    if isinstance(num_steps, jax.Array):
+        return
+    for path, leaf in jax.tree.leaves_with_path(support):
+        if np.shape(leaf)[:1] != (num_steps,):
+            raise ValueError(
+                f"support{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but with "
+                f"per_step_support every leaf must lead with num_steps={num_steps}"
+            )
+
+
+def check_step_weights(step_weights: Any, num_steps: int | jax.Array) -> jax.Array:
+    """Returns one weight for every step as an array."""
+    if isinstance(num_steps, jax.Array):
+        raise TypeError("step_weights needs num_steps to be a Python int, not an array")
+    weights = jnp.asarray(step_weights)
+    if (
+        not num_steps
+        or weights.shape != (num_steps,)
+        or not jnp.issubdtype(weights.dtype, jnp.floating)
+    ):
+        raise ValueError(
+            f"step_weights must be {num_steps} floating-point numbers, one for the query loss "
+            f"after each step, got shape {weights.shape} and dtype {weights.dtype}"
+        )
+    return weights
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

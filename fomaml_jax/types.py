@@ -15,6 +15,10 @@ LossFn = Callable[[Params, Batch], Any]
 """`(params, batch) -> loss []`, or `-> (loss [], aux)` where `has_aux=True`."""
 
 
+Objective = Callable[..., tuple[Any, tuple[Any, Any]]]
+"""`(params, batch, state, key) -> (loss [], (state, aux))`: the form of a loss with `has_state`."""
+
+
 class Task(NamedTuple):
     """A batch to adapt on and a batch to be judged on.
 
@@ -26,6 +30,25 @@ class Task(NamedTuple):
     query: Batch
 
 
+class KeyedTask(NamedTuple):
+    """A task with a PRNG key of its own, for losses that draw random numbers."""
+
+    support: Batch
+    query: Batch
+    key: jax.Array
+
+
+class WithState(NamedTuple):
+    """Shared parameters and the state that goes with them, such as running statistics.
+
+    As a gradient, `state` is the way back from where a task left the state to the shared one: an
+    outer `optax.sgd(1.0)` for it (see `with_state`) moves it to the mean over tasks.
+    """
+
+    params: Params
+    state: Any
+
+
 class AdaptInfo(NamedTuple):
     """What the inner loop saw.
 
@@ -34,10 +57,14 @@ class AdaptInfo(NamedTuple):
             array, which no shape can hold, `[2]`: before the first and before the last step (NaN if
             there was none).
         aux: the loss function's aux output, stacked in the same way; `None` without `has_aux`.
+        opt_state: the optimizer's state after the last step.
+        state: the loss function's state after the last step; `None` without `has_state`.
     """
 
     losses: jax.Array
     aux: Any
+    opt_state: Any = None
+    state: Any = None
 
 
 class TaskInfo(NamedTuple):

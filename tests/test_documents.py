@@ -52,8 +52,31 @@ def test_the_omniglot_example(omniglot_folder):
     assert after > before + 10
 
 
+@pytest.mark.parametrize(
+    "guide", sorted((ROOT / "examples" / "frameworks").glob("*.py")), ids=lambda guide: guide.stem
+)
+def test_the_framework_guides(guide):
+    assert len(guide.read_text().splitlines()) < 60
+    done = run(sys.executable, guide, "60")
+    assert done.returncode == 0, done.stderr
+    (accuracy,) = map(float, re.findall(r"unseen scripts: ([\d.]+)", done.stdout))
+    assert accuracy > 40  # chance is 20
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_population_of_learners():
+    example = runpy.run_path(str(ROOT / "examples" / "composition" / "population.py"))
+    losses = example["main"](steps=200)
+    assert (losses[:, -20:].mean(1) < losses[:, :20].mean(1)).all()
+
+
+def test_your_own_shard_map_and_pmap():
+    example = runpy.run_path(str(ROOT / "examples" / "composition" / "devices.py"))
+    assert example["main"]() < 1e-5
+
+
 def public_functions():
-    for module in (fj, fj.tasks, fj.datasets, fj.models):
+    for module in (fj, fj.tasks, fj.datasets, fj.models, fj.rates, fj.schedules, fj.uneven):
         for name, thing in vars(module).items():
             ours = getattr(thing, "__module__", "").startswith("fomaml_jax")
             if ours and callable(thing) and not name.startswith("_"):

@@ -1,0 +1,125 @@
+"""Inner rates as parameters: trees of them, optimizers made from them, a report of their ways."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fomaml_jax import refusals
+from fomaml_jax.types import Params
+
+
+def like(
+    params: Params,
+    rate: float,
+    *,
+    per: Literal["tensor", "element"] = "tensor",
+    num_steps: int | None = None,
+) -> Params:
+    """A rate for every tensor or every element of the parameters, all equal at first.
+
+    Args:
+        params: the parameters, a pytree of arrays.
+        rate: the first value.
+        per: whether a tensor has one rate (LSLR) or each of its elements one (Meta-SGD).
+        num_steps: where given, a rate for each inner step too, in a leading axis.
+
+    Returns:
+        A pytree like `params`, of shape `[]` or that of the tensor, behind `[num_steps]`.
+
+    Raises:
+        ValueError: for another `per`, or fewer than one step.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, fomaml_jax as fj
+        >>> params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
+        >>> jax.tree.map(jnp.shape, fj.rates.like(params, 0.1, num_steps=5))
+        {'b': (5,), 'w': (5,)}
+    """
+    refusals.check_choice("per", per, ("tensor", "element"))
+    refusals.check_params(params)
+    if num_steps is not None:
+        refusals.check_at_least("num_steps", num_steps, 1)
+    steps = () if num_steps is None else (num_steps,)
+
+    def leaf(x):
+        shape = np.shape(x) if per == "element" else ()
+        return jnp.full((*steps, *shape), rate, jnp.asarray(x).dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTransformation:
+    """Multiplies updates by minus the rates: the last link of a chain that descends.
+
+    Args:
+        rates: a pytree like the parameters, as `like` makes it; traced if you like, and then the
+            derivative with respect to them is kept.
+        per_step: whether the rates lead with the step. After the last one its rates stay.
+
+    Returns:
+        An optax transformation: `sgd` by itself, Adam with learned rates behind
+        `optax.scale_by_adam()`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, fomaml_jax as fj
+        >>> adam = optax.chain(optax.scale_by_adam(), fj.rates.scale_by_rates(jnp.array(0.1)))
+        >>> adapted, _ = fj.adapt(
+        ...     lambda x, y: jnp.sum((x - y) ** 2), jnp.zeros(1), jnp.ones(1), adam, 1)
+        >>> adapted.round(3)
+        Array([0.1], dtype=float32)
+    """
+
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+
+        def scaled(update, rate):
+            if update is None:  # a leaf that is not adapted
+                return None
+            rate = jnp.asarray(rate)
+            if per_step:
+                rate = rate[jnp.minimum(state.count, rate.shape[0] - 1)]
+            return -rate.astype(update.dtype) * update
+
+        scaled_updates = jax.tree.map(scaled, updates, rates, is_leaf=lambda x: x is None)
+        return scaled_updates, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def report(before: Params, after: Params) -> str:
+    """A table of the rates of every tensor: before, and after training.
+
+    Args:
+        before: the rates at the start.
+        after: the rates now.
+
+    Returns:
+        Text, a line a tensor: the mean before, the mean, least and largest now, and how many are
+        not above zero.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> print(fj.rates.report({"w": jnp.array([0.1, 0.1])}, {"w": jnp.array([0.3, -0.1])}))
+        rates    before      mean     least   largest  not above 0
+        w           0.1       0.1      -0.1       0.3       1 of 2
+    """
+    rows: list[tuple[str, ...]] = [("rates", "before", "mean", "least", "largest", "not above 0")]
+    pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    for (path, old), new in pairs:
+        new = np.asarray(new)
+        numbers = [np.mean(np.asarray(old)), new.mean(), new.min(), new.max()]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        below = f"{int((new <= 0).sum())} of {new.size}"
+        rows.append((name, *(f"{x:.4g}" for x in numbers), below))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(
+        " ".join([row[0].ljust(width), *(cell.rjust(9) for cell in row[1:-1]), row[-1].rjust(12)])
+        for row in rows
+    )

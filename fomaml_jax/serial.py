@@ -1,0 +1,104 @@
+"""Reptile one task after another, each from where the last one left the shared parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fomaml_jax import refusals
+from fomaml_jax.adaptation import adapt
+from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, initial
+from fomaml_jax.types import LossFn, Params, Task, TaskInfo
+
+
+def serial_reptile(
+    loss_fn: LossFn,
+    inner_optimizer: optax.GradientTransformation,
+    num_steps: int | jax.Array,
+    optimizer: optax.GradientTransformation,
+    *,
+    keep_inner_state: bool = False,
+    has_aux: bool = False,
+    per_step_support: bool = False,
+) -> MetaLearner:
+    r"""Reptile as its authors first give it: an outer step after every single task.
+
+    .. math:: \theta \leftarrow \theta + \epsilon\,(\theta_K - \theta), \quad
+        \theta_K = \mathrm{adapt}(\theta, support)
+
+    for one task after another, where `meta_learner` with `over_tasks(reptile(...))` takes the mean
+    over a meta-batch. A task that diverges changes nothing.
+
+    Args:
+        loss_fn: as for `reptile`.
+        inner_optimizer: the inner optimizer.
+        num_steps: inner steps.
+        optimizer: the outer one; `optax.sgd(epsilon)` is the paper's.
+        keep_inner_state: whether each task takes up the inner optimizer's state where the last one
+            left it, as the authors' code does with Adam, rather than starting afresh.
+        has_aux: whether `loss_fn` returns a pair.
+        per_step_support: as in `adapt`.
+
+    Returns:
+        A `MetaLearner`; its `step` takes a meta-batch, and `MetaState.step` counts tasks.
+
+    Raises:
+        TypeError: for an optimizer that is not one.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, fomaml_jax as fj
+        >>> loss = lambda theta, centre: 0.5 * jnp.sum((theta - centre) ** 2)
+        >>> learner = fj.serial_reptile(loss, optax.sgd(0.5), 1, optax.sgd(1.0))
+        >>> centres = jnp.array([[1.0], [3.0]])
+        >>> state, _ = learner.step(learner.init(jnp.zeros(1)), fj.Task(centres, centres))
+        >>> state.params, int(state.step)
+        (Array([1.75], dtype=float32), 2)
+
+    References:
+        Nichol, Achiam, Schulman,
+        `On First-Order Meta-Learning Algorithms <https://arxiv.org/abs/1803.02999>`_, 2018,
+        algorithm 1.
+    """
+    refusals.check_optimizer(inner_optimizer)
+    refusals.check_optimizer(optimizer)
+    loss = refusals.checked_loss(loss_fn, has_aux)
+
+    def init(params: Params) -> MetaState:
+        outer = initial(optimizer)(params)
+        inner_state = inner_optimizer.init(outer.params) if keep_inner_state else None
+        return outer._replace(opt_state=(outer.opt_state, inner_state))
+
+    def one_task(state: MetaState, task: Task) -> tuple[MetaState, TaskInfo]:
+        states: Any = state.opt_state
+        outer_state, inner_state = states
+        adapted, inner = adapt(
+            loss_fn,
+            state.params,
+            task.support,
+            inner_optimizer,
+            num_steps,
+            has_aux=has_aux,
+            per_step_support=per_step_support,
+            opt_state=inner_state,
+        )
+        grads = jax.tree.map(jnp.subtract, state.params, adapted)
+        updates, outer_state = optimizer.update(grads, outer_state, state.params)
+        moved = optax.apply_updates(state.params, updates)
+        value, (_, aux) = loss(adapted, task.query)
+        finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads))
+        after = (moved, (outer_state, inner.opt_state if keep_inner_state else None))
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), after, (state.params, state.opt_state)
+        )
+        info = TaskInfo(value, inner.losses, finite, aux)
+        return MetaState(params, opt_state, state.step + 1), info
+
+    def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
+        refusals.check_task_axis(tasks)
+        before = state.params
+        state, info = jax.lax.scan(one_task, state, tasks)
+        moved = optax.tree.norm(jax.tree.map(jnp.subtract, before, state.params))
+        return state, StepInfo.of(info, moved)
+
+    return MetaLearner(init, step)

@@ -1,0 +1,48 @@
+"""Which leaves of the parameters the inner loop moves, and which it leaves alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from fomaml_jax import refusals
+from fomaml_jax.types import Params
+
+Trainable = Callable[[str], bool] | Any
+"""`path -> bool`, the path as in `"params/head/kernel"`; or a pytree of booleans, of which one may
+stand for all that is below it."""
+
+
+def split(trainable: Trainable, params: Params) -> tuple[Params, Params]:
+    """The adapted leaves and the frozen ones, each with `None` in the place of the others.
+
+    `None` is a pytree without leaves: an optimizer keeps no state for it, and `jax.grad` takes no
+    derivative.
+    """
+    chosen = jax.tree.leaves(_mask(trainable, params))
+    leaves, structure = jax.tree.flatten(params)
+
+    def kept(choice):
+        pairs = zip(leaves, chosen, strict=True)
+        return structure.unflatten([leaf if c == choice else None for leaf, c in pairs])
+
+    return kept(True), kept(False)
+
+
+def merge(adapted: Params, frozen: Params) -> Params:
+    """What `split` took apart."""
+    return jax.tree.map(
+        lambda a, f: f if a is None else a, adapted, frozen, is_leaf=lambda x: x is None
+    )
+
+
+def _mask(trainable: Trainable, params: Params) -> Any:
+    if callable(trainable):
+        mask = jax.tree.map_with_path(
+            lambda path, _: trainable(jax.tree_util.keystr(path, simple=True, separator="/")),
+            params,
+        )
+    else:
+        mask = refusals.broadcast_mask(trainable, params)
+    refusals.check_mask(mask, params)
+    return mask

@@ -1,0 +1,98 @@
+"""Tasks of uneven size in one shape: padding, and means that do not see it."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fomaml_jax import refusals
+from fomaml_jax.types import Batch, Task
+
+
+def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
+    """Adds examples of zeros up to `size`, and says which are real.
+
+    Args:
+        batch: any pytree whose leaves lead with the same number of examples.
+        size: examples in the result.
+
+    Returns:
+        The padded batch, and weights `[size]` float32: 1 for an example, 0 for padding. Scale them
+        where examples count differently.
+
+    Raises:
+        ValueError: for a batch that is larger, empty, or of uneven leaves.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> fj.uneven.pad_batch(jnp.array([5.0, 6.0]), 3)
+        (Array([5., 6., 0.], dtype=float32), Array([1., 1., 0.], dtype=float32))
+    """
+    refusals.check_batch("batch", batch)
+    examples = refusals.check_same_examples(batch)
+    if examples > size:
+        raise ValueError(
+            f"batch has {examples} examples, more than size={size}; pass a larger size"
+        )
+
+    def padded(x):
+        return jnp.pad(x, [(0, size - examples)] + [(0, 0)] * (np.ndim(x) - 1))
+
+    return jax.tree.map(padded, batch), jnp.asarray(np.arange(size) < examples, jnp.float32)
+
+
+def stack_tasks(tasks: Sequence[Task]) -> Task:
+    """A meta-batch from tasks of any numbers of examples, so that one compiled program runs them.
+
+    Args:
+        tasks: tasks whose batches differ in their number of examples alone.
+
+    Returns:
+        A `Task` whose support and query are pairs `(batch, weights)` with leaves
+        `[tasks, examples, ...]` and weights `[tasks, examples]`, as from `pad_batch`, padded to the
+        most examples of all. A loss over such pairs is `weighted_mean(losses, weights)`.
+
+    Raises:
+        ValueError: for no tasks, or batches of different structures or shapes.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> short, long = jnp.ones((2, 1)), jnp.ones((5, 1))
+        >>> tasks = fj.uneven.stack_tasks([fj.Task(short, long), fj.Task(long, short)])
+        >>> tasks.support[0].shape, tasks.support[1]
+        ((2, 5, 1), Array([[1., 1., 0., 0., 0.],
+               [1., 1., 1., 1., 1.]], dtype=float32))
+    """
+    if not tasks:
+        raise ValueError("tasks is empty; pass at least one task")
+
+    def stacked(name):
+        batches = [getattr(task, name) for task in tasks]
+        size = max(refusals.check_same_examples(batch) for batch in batches)
+        return jax.tree.map(lambda *x: jnp.stack(x), *(pad_batch(batch, size) for batch in batches))
+
+    return Task(stacked("support"), stacked("query"))
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """The mean over examples, in which those of weight zero have no part, NaN or not.
+
+    Args:
+        values: `[examples, ...]`.
+        weights: `[examples]`, not negative.
+
+    Returns:
+        `[]`: the mean over all axes, each example by its weight; zero if no example has any.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> fj.uneven.weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0]))
+        Array(2., dtype=float32)
+    """
+    weights = weights.astype(values.dtype)
+    each = values.reshape(values.shape[0], -1).mean(1)
+    total = weights.sum()
+    # Twice `where`: a derivative of zero times a NaN would be a NaN.
+    each = jnp.where(weights > 0, each, jnp.zeros_like(each))
+    return (weights * each).sum() / jnp.where(total > 0, total, jnp.ones_like(total))

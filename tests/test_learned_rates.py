@@ -1,0 +1,121 @@
+"""Inner rates as parameters: trees, optimizers, gradients, reports, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_close, network, network_problem, one
+
+import fomaml_jax as fj
+
+
+@pytest.mark.usefixtures("float64", "standard_promotion")
+def test_any_optimizer_made_from_numbers():
+    params, tasks = network_problem(1)
+    task = one(tasks)
+
+    def adam(numbers):
+        return optax.adam(numbers["rate"], b1=numbers["b1"], eps_root=1e-8)
+
+    def by_hand(numbers):
+        stop = jax.lax.stop_gradient
+        theta, state = params, adam(numbers).init(params)
+        for _ in range(3):
+            grads = stop(jax.grad(network)(theta, task.support))
+            updates, state = adam(numbers).update(grads, state, stop(theta))
+            theta = optax.apply_updates(theta, updates)
+        return network(theta, task.query)
+
+    numbers = {"rate": jnp.array(0.05), "b1": jnp.array(0.8)}
+    grads, _ = fj.learned_rates(network, adam, 3)(fj.WithRates(params, numbers), task)
+    assert_close(grads.rates, jax.grad(by_hand)(numbers))
+
+
+@pytest.mark.usefixtures("float64")
+def test_rates_in_logarithms_stay_positive():
+    params, tasks = network_problem(4)
+
+    def sgd(logs):
+        return fj.rates.scale_by_rates(jax.tree.map(jnp.exp, logs))
+
+    learner = fj.meta_learner(
+        fj.over_tasks(fj.learned_rates(network, sgd, 2)),
+        optax.sgd(1.0),  # far too large a step
+    )
+    logs = jax.tree.map(jnp.log, fj.rates.like(params, 0.1))
+    state, _ = learner.step(learner.init(fj.WithRates(params, logs)), tasks)
+    assert all((jnp.exp(x) > 0).all() for x in jax.tree.leaves(state.params.rates))
+    assert state.params.rates["w2"] != logs["w2"]
+
+
+def test_no_backward_pass_through_the_losses():
+    """What is kept of a step is its gradient: nothing grows with the examples."""
+
+    def temporary_bytes(examples, num_steps):
+        params, tasks = network_problem(1, examples=examples, width=64, dtype=jnp.float32)
+        shared = fj.WithRates(params, fj.rates.like(params, 0.1))
+        program = jax.jit(fj.meta_sgd(network, num_steps)).lower(shared, one(tasks)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    grown = temporary_bytes(4096, 20) - temporary_bytes(4096, 2)
+    assert grown <= 2 * 18 * 4 * (64 * 3 + 1)
+
+
+def test_after_the_last_step_its_rates_stay():
+    rates = fj.rates.scale_by_rates(jnp.array([0.5, 0.25]), per_step=True)
+    state, seen = rates.init(jnp.zeros(())), []
+    for _ in range(4):
+        update, state = rates.update(jnp.ones(()), state)
+        seen.append(float(update))
+    assert seen == [-0.5, -0.25, -0.25, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shapes"),
+    [
+        ({}, {"w": (), "b": ()}),
+        ({"per": "element"}, {"w": (3, 2), "b": (2,)}),
+        ({"num_steps": 5}, {"w": (5,), "b": (5,)}),
+        ({"per": "element", "num_steps": 5}, {"w": (5, 3, 2), "b": (5, 2)}),
+    ],
+)
+def test_trees_of_rates(kinds, shapes):
+    params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2, jnp.bfloat16)}
+    rates = fj.rates.like(params, 0.5, **kinds)
+    assert jax.tree.map(jnp.shape, rates) == shapes
+    assert jax.tree.map(lambda x: x.dtype, rates) == jax.tree.map(lambda x: x.dtype, params)
+    assert all((x == 0.5).all() for x in jax.tree.leaves(rates))
+
+
+def test_the_report_tells_how_rates_moved():
+    before = {"head": {"kernel": np.full((2, 2), 0.1)}, "body": np.array(0.1)}
+    after = {"head": {"kernel": np.array([[0.3, -0.1], [0.2, 0.0]])}, "body": np.array(0.2)}
+    lines = fj.rates.report(before, after).splitlines()
+    assert lines[1].split() == ["body", "0.1", "0.2", "0.2", "0.2", "0", "of", "1"]
+    assert lines[2].split() == ["head/kernel", "0.1", "0.1", "-0.1", "0.3", "2", "of", "4"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p, t: fj.meta_sgd(network, 2)(p, t), TypeError, "WithRates"),
+        (lambda p, t: fj.meta_sgd(network, jnp.array(2)), TypeError, "Python int"),
+        (lambda p, t: fj.rates.like(p, 0.1, per="layer"), ValueError, "per must be one of"),
+        (lambda p, t: fj.rates.like(p, 0.1, num_steps=0), ValueError, "at least 1"),
+        (
+            lambda p, t: fj.fomaml(network, optax.sgd(0.1), 2, step_weights=jnp.ones(3)),
+            ValueError,
+            "step_weights must be 2 floating-point numbers",
+        ),
+        (
+            lambda p, t: fj.maml(network, optax.sgd(0.1), jnp.array(2), step_weights=jnp.ones(2)),
+            TypeError,
+            "step_weights needs num_steps to be a Python int",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    params, tasks = network_problem(1)
+    with pytest.raises(error, match=message):
+        call(params, one(tasks))

@@ -1,0 +1,69 @@
+"""The proof of the order, and the diagnosis of how far the orders are apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import OPTIMIZERS, assert_close, network, network_problem, one
+
+import fomaml_jax as fj
+
+ORDERS = {"first": fj.fomaml, "second": fj.maml, "neither": fj.reptile}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("verdict", ORDERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_every_algorithm_is_recognised(verdict, optimizer):
+    params, tasks = network_problem(1)
+    args = (network, params, one(tasks), optimizer(), 3)
+    meta_gradient = ORDERS[verdict](network, optimizer(), 3)
+    assert fj.check_order(*args, meta_gradient).verdict == verdict
+    grads, _ = meta_gradient(params, one(tasks))
+    assert fj.check_order(*args, grads).verdict == verdict
+    assert fj.check_order(*args, lambda params, task: grads).verdict == verdict
+
+
+def test_the_librarys_own_is_first_order_and_says_so():
+    params, tasks = network_problem(1)
+    order = fj.check_order(network, params, one(tasks), optax.sgd(0.1), 3)
+    assert order.verdict == "first"
+    assert str(order).startswith("first order: ")
+    assert order.to_first < 1e-5 < 1e-2 < order.to_second
+
+
+def test_without_steps_the_orders_are_one():
+    params, tasks = network_problem(1)
+    assert fj.check_order(network, params, one(tasks), optax.sgd(0.1), 0).verdict == "either"
+
+
+def test_gradients_of_other_parameters_are_refused():
+    params, tasks = network_problem(1)
+    with pytest.raises(ValueError, match="meta_gradient must have the structure"):
+        fj.check_order(network, params, one(tasks), optax.sgd(0.1), 1, {"w": jnp.ones(1)})
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_diagnosis_is_what_the_gradients_say():
+    params, tasks = network_problem(3)
+    report = jax.jit(lambda p, t: fj.diagnose(network, p, t, optax.sgd(0.1), 2))(params, tasks)
+    flat = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
+    firsts, seconds = (
+        np.stack([flat(f(network, optax.sgd(0.1), 2)(params, one(tasks, i))[0]) for i in range(3)])
+        for f in (fj.fomaml, fj.maml)
+    )
+
+    def cosine(a, b):
+        return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+    assert_close(report.cosine, cosine(firsts, seconds))
+    assert_close(report.mean_cosine, cosine(firsts.mean(0), seconds.mean(0)))
+    norms = [np.linalg.norm(grads, axis=-1) for grads in (firsts, seconds)]
+    assert_close(report.norm_ratio, norms[0] / norms[1])
+    after = [
+        [network(fj.adapt(network, params, one(tasks, i).support, optax.sgd(0.1), k)[0],
+                 one(tasks, i).support) for k in range(3)]
+        for i in range(3)
+    ]  # fmt: skip
+    assert_close(report.support_drop, -np.diff(np.mean(after, 0)))

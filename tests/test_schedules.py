@@ -1,0 +1,60 @@
+"""What changes over the outer steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_close, network, network_problem
+
+import fomaml_jax as fj
+
+
+@pytest.mark.parametrize(("num_steps", "until"), [(1, 10), (5, 10)])
+def test_step_weights_go_from_equal_to_the_last_alone(num_steps, until):
+    """Against the formula of MAML++'s code, epoch by epoch."""
+    for epoch in range(2 * until):
+        expected = np.full(num_steps, 1 / num_steps)
+        for i in range(num_steps - 1):
+            expected[i] = max(1 / num_steps - epoch / num_steps / until, 0.03 / num_steps)
+        last = 1 / num_steps + epoch * (num_steps - 1) / num_steps / until
+        expected[-1] = min(last, 1 - (num_steps - 1) * 0.03 / num_steps)
+        ours = jax.jit(lambda step: fj.schedules.multi_step_weights(num_steps, step, until))(epoch)
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+        np.testing.assert_allclose(ours.sum(), 1, atol=1e-6)
+
+
+def trained(learner, params, tasks, steps):
+    state = learner.init(params)
+    return jax.lax.scan(lambda s, _: learner.step(s, tasks), state, length=steps)[0]
+
+
+@pytest.mark.usefixtures("float64")
+def test_first_order_then_second_in_one_run():
+    params, tasks = network_problem(3)
+    orders = [fj.over_tasks(f(network, optax.sgd(0.1), 2)) for f in (fj.fomaml, fj.maml)]
+    annealed = fj.scheduled_learner(
+        fj.schedules.first_then_second_order(*orders, 2), optax.adam(0.01)
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(lambda p: trained(annealed, p, tasks, 5))(params)
+        by_hand = fj.meta_learner(orders[0], optax.adam(0.01)).init(params)
+        for step in range(5):
+            learner = fj.meta_learner(orders[step >= 2], optax.adam(0.01))
+            by_hand, _ = learner.step(by_hand, tasks)
+    assert_close(state, by_hand)
+
+
+@pytest.mark.usefixtures("float64")
+def test_weights_that_follow_the_outer_step():
+    params, tasks = network_problem(3)
+
+    def at(step):
+        weights = fj.schedules.multi_step_weights(2, step, until=4).astype(jnp.float64)
+        return fj.over_tasks(fj.fomaml(network, optax.sgd(0.1), 2, step_weights=weights))
+
+    state = trained(fj.scheduled_learner(at, optax.sgd(0.1)), params, tasks, 3)
+    by_hand = fj.meta_learner(at(0), optax.sgd(0.1)).init(params)
+    for step in range(3):
+        by_hand, _ = fj.meta_learner(at(jnp.array(step)), optax.sgd(0.1)).step(by_hand, tasks)
+    assert_close(state, by_hand)

@@ -1,0 +1,68 @@
+"""Reptile task by task, against its loop by hand."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from problems import assert_close, network, network_problem, one
+
+import fomaml_jax as fj
+
+
+@pytest.mark.usefixtures("float64", "standard_promotion")
+@pytest.mark.parametrize("keep", [False, True])
+def test_each_task_starts_where_the_last_one_left(keep):
+    params, tasks = network_problem(3)
+    adam = optax.adam(0.05)
+    learner = fj.serial_reptile(network, adam, 4, optax.sgd(0.5), keep_inner_state=keep)
+    state, info = jax.jit(learner.step)(learner.init(params), tasks)
+    theta, inner_state = params, adam.init(params)
+    for i in range(3):
+        phi = theta
+        inner_state = inner_state if keep else adam.init(phi)
+        for _ in range(4):
+            grads = jax.grad(network)(phi, one(tasks, i).support)
+            updates, inner_state = adam.update(grads, inner_state, phi)
+            phi = optax.apply_updates(phi, updates)
+        assert_close(info.tasks.query_loss[i], network(phi, one(tasks, i).query))
+        theta = jax.tree.map(lambda t, p: t + 0.5 * (p - t), theta, phi)
+    assert_close(state.params, theta)
+    assert int(state.step) == 3
+
+
+def test_a_task_that_diverges_changes_nothing():
+    params, tasks = network_problem(3)
+    broken = jax.tree.map(lambda x: x.at[1].set(jnp.nan), tasks)
+    without = jax.tree.map(lambda x: x[jnp.array([0, 2])], tasks)
+    learner = fj.serial_reptile(
+        network, optax.sgd(0.1, momentum=0.9), 2, optax.sgd(0.5), keep_inner_state=True
+    )
+    state, info = learner.step(learner.init(params), broken)
+    expected, _ = learner.step(learner.init(params), without)
+    assert_close(state.params, expected.params, 1e-6)
+    assert_close(state.opt_state, expected.opt_state, 1e-6)
+    assert info.tasks.finite.tolist() == [True, False, True]
+    assert int(info.num_finite) == 2
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_minibatch_for_every_step():
+    params, tasks = network_problem(3)  # three minibatches of one task
+    adapted, info = fj.adapt(
+        network, params, tasks.support, optax.sgd(0.1), 3, per_step_support=True
+    )
+    theta = params
+    for k in range(3):
+        assert_close(info.losses[k], network(theta, one(tasks, k).support))
+        grads = jax.grad(network)(theta, one(tasks, k).support)
+        theta = jax.tree.map(lambda t, g: t - 0.1 * g, theta, grads)
+    assert_close(adapted, theta)
+    reptile = fj.reptile(network, optax.sgd(0.1), 3, per_step_support=True)
+    grads, _ = reptile(params, tasks._replace(query=one(tasks).query))
+    assert_close(grads, jax.tree.map(jnp.subtract, params, theta))
+
+
+def test_minibatches_for_another_number_of_steps_are_refused():
+    params, tasks = network_problem(3)
+    with pytest.raises(ValueError, match="must lead with num_steps=4"):
+        fj.adapt(network, params, tasks.support, optax.sgd(0.1), 4, per_step_support=True)

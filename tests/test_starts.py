@@ -1,0 +1,52 @@
+"""Inner loops that start elsewhere: prototypes, context parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_close, network, network_problem, one
+
+import fomaml_jax as fj
+
+
+@pytest.mark.usefixtures("float64")
+def test_logits_of_a_prototype_head_are_distances_to_class_means():
+    rng = np.random.default_rng(0)
+    features, labels = jnp.asarray(rng.normal(size=(9, 4))), jnp.asarray([0, 1, 2] * 3)
+    kernel, bias = fj.prototype_head(features, labels, ways=3)
+    query = jnp.asarray(rng.normal(size=(5, 4)))
+    means = np.stack([features[labels == k].mean(0) for k in range(3)])
+    squared = ((query[:, None] - means[None]) ** 2).sum(-1)
+    assert_close(query @ kernel + bias[None], (query**2).sum(-1)[:, None] - squared)
+
+
+def test_the_gradient_of_prototypes_is_stopped_and_absent_classes_are_finite():
+    def total(features):
+        kernel, bias = fj.prototype_head(features, jnp.array([0, 0]), ways=2)
+        return kernel.sum() + bias.sum()
+
+    assert (jax.grad(total)(jnp.ones((2, 3))) == 0).all()
+    assert jnp.isfinite(total(jnp.ones((2, 3))))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_start_that_is_not_stopped_is_differentiated():
+    params, tasks = network_problem(1)
+    task = one(tasks)
+
+    def halved(params, support):
+        del support
+        return {**params, "w1": params["w1"] / 2}
+
+    inner = fj.maml(network, optax.sgd(0.1), 2)
+    grads, _ = fj.starting_from(halved, inner)(params, task)
+    direct, _ = inner(halved(params, None), task)
+    assert_close(grads, {**direct, "w1": direct["w1"] / 2})
+
+
+@pytest.mark.parametrize("prepare", [lambda p, s: {}, lambda p, s: {**p, "b2": jnp.zeros(3)}])
+def test_refusals(prepare):
+    params, tasks = network_problem(1)
+    with pytest.raises(ValueError, match="prepare must have the structure"):
+        fj.starting_from(prepare, fj.fomaml(network, optax.sgd(0.1), 1))(params, one(tasks))
