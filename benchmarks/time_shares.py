@@ -7,7 +7,6 @@ XLA:CPU writes to memory wherever two others read them. Operations that are fuse
 last one.
 """
 
-import collections
 import gzip
 import json
 import os
@@ -76,8 +75,8 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
     per_task = fj.fomaml(fj.matmul_convolutions(loss), optax.sgd(INNER_RATE), setting.steps)
     program = jax.jit(fj.over_tasks(per_task, tasks_at_once=1)).lower(params, tasks).compile()
     jax.block_until_ready(program(params, tasks))
-    kinds = kinds_of_instructions(program.as_text())
-    totals = collections.Counter(dict.fromkeys((*KINDS, REST), 0.0))
+    kinds = kinds_of_instructions(program.as_text() or "")
+    totals = dict.fromkeys((*KINDS, REST), 0.0)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             for _ in range(repeats):
@@ -85,12 +84,12 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
         for name, seconds in events(Path(folder)):
             if name in kinds:
                 totals[kinds[name]] += seconds
-    whole = totals.total() or 1.0
+    whole = sum(totals.values())
     return {
         "setting": setting.name,
         "shapes": vars(setting) | {"tasks": num_tasks},
-        "seconds_per_task": totals.total() / repeats / num_tasks,
-        "shares": {kind: seconds / whole for kind, seconds in totals.items()},
+        "seconds_per_task": whole / repeats / num_tasks,
+        "shares": {kind: seconds / (whole or 1.0) for kind, seconds in totals.items()},
     }
 
 
