@@ -172,7 +172,7 @@ def with_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         >>> def loss(params, batch, state, key):  # keeps the mean of what it has seen
         ...     return jnp.mean((params - batch) ** 2), (batch.mean(), None)
         >>> meta_gradient = fj.over_tasks(fj.fomaml(loss, optax.sgd(0.1), 1, has_state=True))
-        >>> learner = fj.meta_learner(meta_gradient, fj.with_state(optax.adam(0.1)))
+        >>> learner = fj.meta_learner(meta_gradient, fj.with_state(optax.sgd(0.1)))
         >>> state = learner.init(fj.WithState(params=jnp.zeros(()), state=jnp.zeros(())))
         >>> batches = jnp.array([[1.0, 1.0], [3.0, 3.0]])
         >>> learner.step(state, fj.Task(batches, batches))[0].params.state

@@ -65,11 +65,10 @@ def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTr
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
-        >>> adam = optax.chain(optax.scale_by_adam(), fj.rates.scale_by_rates(jnp.array(0.1)))
-        >>> adapted, _ = fj.adapt(
-        ...     lambda x, y: jnp.sum((x - y) ** 2), jnp.zeros(1), jnp.ones(1), adam, 1)
-        >>> adapted.round(3)
-        Array([0.1], dtype=float32)
+        >>> momentum = optax.chain(optax.trace(0.9), fj.rates.scale_by_rates(jnp.array(0.5)))
+        >>> loss = lambda theta, centre: 0.5 * jnp.sum((theta - centre) ** 2)
+        >>> fj.adapt(loss, jnp.zeros(1), jnp.ones(1), momentum, 1)[0]
+        Array([0.5], dtype=float32)
     """
 
     def init(params):

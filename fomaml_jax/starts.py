@@ -36,10 +36,10 @@ def starting_from(
         >>> fresh = lambda p, support: {**p, "context": jnp.zeros_like(p["context"])}
         >>> cavia = fj.starting_from(
         ...     fresh, fj.maml(loss, optax.sgd(0.1), 2, trainable=lambda path: path == "context"))
-        >>> params = {"shared": jnp.ones(1), "context": jnp.ones(1)}
+        >>> params = {"shared": jnp.ones((1, 1)), "context": jnp.ones((1, 1))}
         >>> grads, _ = cavia(params, fj.Task(jnp.zeros((3, 1)), jnp.zeros((2, 1))))
         >>> grads["context"]
-        Array([0.], dtype=float32)
+        Array([[0.]], dtype=float32)
 
     References:
         Triantafillou et al., `Meta-Dataset <https://arxiv.org/abs/1903.03096>`_ (ProtoMAML), 2020;

@@ -9,7 +9,7 @@ import optax
 
 import fomaml_jax as fj
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 400  # outer steps
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1000  # outer steps
 
 he = jax.nn.initializers.he_normal()
 keys = jax.random.split(jax.random.key(0), 4)
@@ -42,8 +42,8 @@ def accuracy(params, batch):
 letters = fj.datasets.glyphs()
 episodes = functools.partial(fj.tasks.episodes, ways=5, shots=1, queries=3)
 train, test = episodes(letters.train.images), episodes(letters.test.images)
-inner = optax.sgd(0.4)
-meta_gradient = fj.fomaml(loss_fn, inner, num_steps=1)
+inner = optax.sgd(0.1)
+meta_gradient = fj.fomaml(loss_fn, inner, num_steps=3)
 over_tasks = fj.over_tasks(lambda params, key: meta_gradient(params, train(key)))
 learner = fj.meta_learner(over_tasks, optax.adam(3e-3))
 keys = fj.tasks.task_keys(jax.random.key(1), 0, 8 * STEPS).reshape(STEPS, 8)
@@ -51,7 +51,7 @@ state, info = jax.lax.scan(learner.step, learner.init(initial), keys)
 
 
 def adapted(params, support):
-    return fj.adapt(loss_fn, params, support, inner, num_steps=1)[0]
+    return fj.adapt(loss_fn, params, support, inner, num_steps=3)[0]
 
 
 report = fj.evaluate(adapted, accuracy, state.params, test, jax.random.key(2), num_tasks=200)
