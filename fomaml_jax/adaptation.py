@@ -44,8 +44,8 @@ def adapt(
     Inside a `jax.shard_map` of your own pass it `check_vma=False`: with its default, `jax.grad`
     takes replicated parameters for shared ones and sums inner gradients over the devices.
 
-    Keep parameters in float32 even where the loss computes in
-    bfloat16: small updates vanish in bfloat16 sums.
+    Keep parameters in float32 even where the loss computes in bfloat16: small updates vanish in
+    bfloat16 sums.
 
     Args:
         loss_fn: `(params, support) -> loss []`, or `-> (loss [], aux)` with `has_aux`.

@@ -82,7 +82,7 @@ def learned_rates(
     weights = checked_weights(step_weights, num_steps)
 
     def meta_gradient(shared: WithRates, task: Task) -> tuple[WithRates, TaskInfo]:
-        refusals.check_with_rates(shared)
+        refusals.check_shared(shared, WithRates)
 
         def query_loss(rates):
             value, (grads, _, info) = query_gradients(

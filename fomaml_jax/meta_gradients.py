@@ -365,7 +365,7 @@ def _opened(shared: Any, task: Any, has_state: bool) -> tuple[Params, dict[str, 
     """The parameters, and what the inner loop needs to know of state and randomness."""
     if not has_state:
         return shared, {}
-    refusals.check_with_state(shared)
+    refusals.check_shared(shared, WithState)
     key = getattr(task, "key", None)
     return shared.params, {"has_state": True, "state": shared.state, "key": key}
 

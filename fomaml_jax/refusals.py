@@ -224,21 +224,13 @@ def check_like_params(name: str, out: Any, params: Params) -> None:
         )
 
 
-def check_with_state(shared: Any) -> None:
-    """Refuses parameters without a state beside them."""
-    if not (hasattr(shared, "params") and hasattr(shared, "state")):
+def check_shared(shared: Any, needed: Any) -> None:
+    """Refuses parameters without what has to be beside them, by the tuple that holds both."""
+    missing = [field for field in needed._fields if not hasattr(shared, field)]
+    if missing:
         raise TypeError(
-            "with has_state=True the shared parameters are a fomaml_jax.WithState(params, state), "
-            f"got a {type(shared).__name__}"
-        )
-
-
-def check_with_rates(shared: Any) -> None:
-    """Refuses parameters without rates beside them."""
-    if not (hasattr(shared, "params") and hasattr(shared, "rates")):
-        raise TypeError(
-            "with learned rates the shared parameters are a fomaml_jax.WithRates(params, rates), "
-            f"got a {type(shared).__name__}"
+            f"the shared parameters must be a fomaml_jax.{needed.__name__}"
+            f"({', '.join(needed._fields)}), got a {type(shared).__name__}"
         )
 
 

@@ -93,6 +93,6 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     weights = weights.astype(values.dtype)
     each = values.reshape(values.shape[0], -1).mean(1)
     total = weights.sum()
-    # Twice `where`: a derivative of zero times a NaN would be a NaN.
+    # Not by the product alone: zero times NaN is NaN.
     each = jnp.where(weights > 0, each, jnp.zeros_like(each))
     return (weights * each).sum() / jnp.where(total > 0, total, jnp.ones_like(total))
