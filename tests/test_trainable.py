@@ -1,5 +1,7 @@
 """Which leaves the inner loop moves, what the others cost, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -125,3 +127,16 @@ def test_refusals(trainable, error, message):
     params, tasks = network_problem(1)
     with pytest.raises(error, match=message):
         fj.fomaml(network, optax.sgd(0.1), 1, trainable=trainable)(params, one(tasks))
+
+
+def test_what_is_frozen_is_not_in_the_loop():
+    params, tasks = network_problem(1)
+
+    def loops(**options):
+        adapt = functools.partial(fj.adapt, network, optimizer=optax.sgd(0.1), num_steps=5)
+        program = jax.make_jaxpr(lambda p, s: adapt(p, s, **options))(params, one(tasks).support)
+        return [str(e.params["jaxpr"]) for e in program.eqns if e.primitive.name == "scan"]
+
+    (whole,), (head,) = loops(), loops(trainable=HEAD)
+    assert "tanh" in whole
+    assert "tanh" not in head
