@@ -1,6 +1,6 @@
 """First-order meta-learning in JAX."""
 
-from fomaml_jax import datasets, models, rates, schedules, tasks, uneven
+from fomaml_jax import batch_statistics, datasets, models, rates, schedules, tasks, uneven
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.evaluation import Evaluation, evaluate
@@ -27,6 +27,7 @@ from fomaml_jax.types import (
     LossFn,
     MetaGradient,
     Params,
+    PerStep,
     Task,
     TaskInfo,
     WithState,
@@ -44,6 +45,7 @@ __all__ = [
     "MetaState",
     "Order",
     "Params",
+    "PerStep",
     "Plan",
     "StepInfo",
     "Task",
@@ -51,6 +53,7 @@ __all__ = [
     "WithRates",
     "WithState",
     "adapt",
+    "batch_statistics",
     "check_order",
     "compute_in",
     "datasets",

@@ -10,7 +10,7 @@ import optax
 from fomaml_jax import refusals
 from fomaml_jax.hoisting import hoisted
 from fomaml_jax.trainable import Trainable, merge, split
-from fomaml_jax.types import AdaptInfo, Batch, LossFn, Params
+from fomaml_jax.types import AdaptInfo, Batch, LossFn, Params, PerStep
 
 
 def adapt(
@@ -70,7 +70,8 @@ def adapt(
             `(params, batch, state, key) -> (loss, (state, aux))`, where the state goes from step to
             step (Flax `batch_stats`, Haiku state, what NNX splits off beside its parameters) and
             the key is another one in every step.
-        state: with `has_state`, the state to start from; any pytree of arrays.
+        state: with `has_state`, the state to start from; any pytree of arrays. In a `PerStep` every
+            step has its own.
         key: with `has_state`, the task's PRNG key, where the loss draws random numbers.
 
     Returns:
@@ -182,7 +183,8 @@ def inner_loop(
             value_fn=lambda adapted: loss(adapted)[0],
         )
         moved = optax.apply_updates(inner.adapted, updates)
-        return InnerState(moved, opt_state, stop(after), inner.step + 1), AdaptInfo(value, aux)
+        after = kept(inner, stop(after))
+        return InnerState(moved, opt_state, after, inner.step + 1), AdaptInfo(value, aux)
 
     def batch_at(step):
         return jax.tree.map(lambda x: x[step], support) if per_step_support else support
@@ -194,7 +196,24 @@ def context(inner: InnerState, key: jax.Array | None, *, query: bool = False) ->
     """The state and the key for the next loss: no two of a task, support or query, share a key."""
     if key is not None:
         key = jax.random.fold_in(key, 2 * inner.step + int(query))
-    return inner.state, key
+    if not isinstance(inner.state, PerStep):
+        return inner.state, key
+    slot = _slot(inner, query)
+    return jax.tree.map(lambda x: x[slot], inner.state.steps), key
+
+
+def kept(inner: InnerState, state: Any, *, query: bool = False) -> Any:
+    """What goes on from the state that a loss returned."""
+    if not isinstance(inner.state, PerStep):
+        return state
+    slot = _slot(inner, query)
+    return PerStep(jax.tree.map(lambda old, new: old.at[slot].set(new), inner.state.steps, state))
+
+
+def _slot(inner: InnerState, query: bool) -> jax.Array:
+    """The step whose state counts: the query has that of the step before it."""
+    last = jax.tree.leaves(inner.state)[0].shape[0] - 1
+    return jnp.clip(inner.step - int(query), 0, last)
 
 
 def repeat(step, start, num_steps, unroll):

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from fomaml_jax import rates, refusals
-from fomaml_jax.meta_gradients import checked_weights, query_gradients
+from fomaml_jax.meta_gradients import checked_weights, closed, opened, query_gradients
 from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import LossFn, MetaGradient, Params, Task, TaskInfo
 
@@ -33,6 +33,7 @@ def learned_rates(
     unroll: int | bool = 1,
     trainable: Trainable | None = None,
     step_weights: Any = None,
+    has_state: bool = False,
 ) -> MetaGradient:
     r"""`fomaml` for the parameters and the numbers of the inner optimizer together.
 
@@ -56,6 +57,7 @@ def learned_rates(
         unroll: as in `jax.lax.scan`.
         trainable: as for `fomaml`.
         step_weights: as for `fomaml`.
+        has_state: as for `fomaml`; `WithRates.params` is then a `WithState`.
 
     Returns:
         A function `(WithRates, task) -> (WithRates of gradients, TaskInfo)`.
@@ -76,18 +78,19 @@ def learned_rates(
         Li, Zhou, Chen, Li, `Meta-SGD <https://arxiv.org/abs/1707.09835>`_, 2017; Antoniou, Edwards,
         Storkey, `How to train your MAML <https://arxiv.org/abs/1810.09502>`_ (LSLR), 2019.
     """
-    refusals.checked_loss(loss_fn, has_aux)
+    refusals.checked_loss(loss_fn, has_aux, has_state)
     if isinstance(refusals.check_num_steps(num_steps), jax.Array):
         raise TypeError("learned rates need num_steps to be a Python int, not an array")
     weights = checked_weights(step_weights, num_steps)
 
     def meta_gradient(shared: WithRates, task: Task) -> tuple[WithRates, TaskInfo]:
         refusals.check_shared(shared, WithRates)
+        params, of_task = opened(shared.params, task, has_state)
 
         def query_loss(rates):
-            value, (grads, _, info) = query_gradients(
+            value, (grads, state, info) = query_gradients(
                 loss_fn,
-                shared.params,
+                params,
                 task,
                 make_optimizer(rates),
                 num_steps,
@@ -95,8 +98,9 @@ def learned_rates(
                 has_aux=has_aux,
                 unroll=unroll,
                 trainable=trainable,
+                **of_task,
             )
-            return value, (grads, info)
+            return value, (closed(grads, state, shared.params, has_state), info)
 
         of_rates, (of_params, info) = jax.grad(query_loss, has_aux=True)(shared.rates)
         return WithRates(of_params, of_rates), info

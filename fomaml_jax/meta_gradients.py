@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from fomaml_jax import refusals
-from fomaml_jax.adaptation import context, inner_loop, repeat
+from fomaml_jax.adaptation import context, inner_loop, kept, repeat
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import AdaptInfo, LossFn, MetaGradient, Params, Task, TaskInfo, WithState
@@ -79,7 +79,7 @@ def fomaml(
 
     def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
         def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
-            params, of_task = _opened(shared, task, has_state)
+            params, of_task = opened(shared, task, has_state)
             _, (grads, state, info) = query_gradients(
                 loss_fn,
                 params,
@@ -92,7 +92,7 @@ def fomaml(
                 trainable=trainable,
                 **of_task,
             )
-            return _closed(grads, state, shared, has_state), info
+            return closed(grads, state, shared, has_state), info
 
         return meta_gradient
 
@@ -140,6 +140,7 @@ def query_gradients(
         (value, (state, aux)), grads = query_gradient(
             jax.lax.stop_gradient(theta), task.query, *context(inner, key, query=True)
         )
+        state = kept(inner, state, query=True)
         return (_with_derivative(value, grads, theta), grads), state, aux
 
     if weights is None:
@@ -249,7 +250,8 @@ def maml(
 
             def judge(inner):
                 state_and_key = context(inner, of_task.get("key"), query=True)
-                return objective(merged(inner), task.query, *state_and_key)
+                value, (state, aux) = objective(merged(inner), task.query, *state_and_key)
+                return value, (kept(inner, state, query=True), aux)
 
             if weights is None:
                 end, seen = repeat(step, start, num_steps, unroll)
@@ -271,11 +273,11 @@ def maml(
                     "maml differentiates through the inner loop, so num_steps must be a Python "
                     "int; mark it static, or use fomaml, which takes an array"
                 )
-            params, of_task = _opened(shared, task, has_state)
+            params, of_task = opened(shared, task, has_state)
             _warn_of_infinite_curvature(optimizer, params)
             through = jax.value_and_grad(after_adaptation, has_aux=True)
             (_, (value, seen, state, aux)), grads = through(params, task, of_task)
-            return _closed(grads, state, shared, has_state), _task_info(value, seen, grads, aux)
+            return closed(grads, state, shared, has_state), _task_info(value, seen, grads, aux)
 
         return meta_gradient
 
@@ -336,7 +338,7 @@ def reptile(
 
         def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
             _check_task(task)
-            params, of_task = _opened(shared, task, has_state)
+            params, of_task = opened(shared, task, has_state)
             start, step, merged = inner_loop(
                 loss_fn,
                 params,
@@ -354,14 +356,14 @@ def reptile(
             value, (_, aux) = objective(adapted, task.query, *state_and_key)
             grads = jax.tree.map(jnp.subtract, params, adapted)
             info = _task_info(value, seen, grads, aux)
-            return _closed(grads, end.state, shared, has_state), info
+            return closed(grads, end.state, shared, has_state), info
 
         return meta_gradient
 
     return _in_its_forms(form, loss_fn, num_steps, unroll)
 
 
-def _opened(shared: Any, task: Any, has_state: bool) -> tuple[Params, dict[str, Any]]:
+def opened(shared: Any, task: Any, has_state: bool) -> tuple[Params, dict[str, Any]]:
     """The parameters, and what the inner loop needs to know of state and randomness."""
     if not has_state:
         return shared, {}
@@ -370,7 +372,7 @@ def _opened(shared: Any, task: Any, has_state: bool) -> tuple[Params, dict[str, 
     return shared.params, {"has_state": True, "state": shared.state, "key": key}
 
 
-def _closed(grads: Params, state: Any, shared: Any, has_state: bool) -> Any:
+def closed(grads: Params, state: Any, shared: Any, has_state: bool) -> Any:
     """The gradients, beside them the way back from the last state to the shared one."""
     if not has_state:
         return grads

@@ -224,6 +224,19 @@ def check_like_params(name: str, out: Any, params: Params) -> None:
         )
 
 
+def check_same_kind(support: Any, query: Any) -> None:
+    """Refuses support and query inputs that cannot stand in one batch."""
+
+    def described(tree):
+        return jax.tree.map(lambda x: (np.shape(x)[1:], jnp.result_type(x)), tree)
+
+    if described(support) != described(query):
+        raise ValueError(
+            "support and query inputs must differ in nothing but their number of examples; got "
+            f"{jax.tree.map(jax.typeof, support)} and {jax.tree.map(jax.typeof, query)}"
+        )
+
+
 def check_shared(shared: Any, needed: Any) -> None:
     """Refuses parameters without what has to be beside them, by the tuple that holds both."""
     missing = [field for field in needed._fields if not hasattr(shared, field)]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Params = Any
 """Any pytree of floating-point arrays."""
@@ -47,6 +48,30 @@ class WithState(NamedTuple):
 
     params: Params
     state: Any
+
+
+class PerStep(NamedTuple):
+    """State of which every inner step has its own, such as the running statistics of MAML++.
+
+    The loss of step k is given, and gives back, the state of step k alone; the query loss after it
+    too. Steps beyond the last share that of the last.
+
+    Attributes:
+        steps: the states, leaves `[num_steps, ...]`.
+    """
+
+    steps: Any
+
+    @classmethod
+    def like(cls, state: Any, num_steps: int) -> "PerStep":
+        """The same state for every step.
+
+        Example:
+            >>> import jax.numpy as jnp, fomaml_jax as fj
+            >>> fj.PerStep.like({"mean": jnp.zeros(8)}, num_steps=5).steps["mean"].shape
+            (5, 8)
+        """
+        return cls(jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num_steps, 0), state))
 
 
 class AdaptInfo(NamedTuple):

@@ -1,6 +1,7 @@
 """Losses that keep state and draw random numbers, in every algorithm and framework."""
 
 import flax.linen as nn
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,71 @@ def test_the_state_of_multi_step_losses_sees_one_query_batch_alone():
         assert_close(grads.state, plain(shared, one(tasks))[0].state, 1e-6)
 
 
+@algorithms
+@pytest.mark.parametrize("slots", [1, 2, STEPS])
+def test_every_step_can_have_a_state_of_its_own(name, slots):
+    shared, tasks = problem()
+    per_step = fj.WithState(shared.params, fj.PerStep.like(shared.state, slots))
+    meta_gradient = ALGORITHMS[name](counting, optax.sgd(0.1), STEPS, has_state=True)
+    grads, info = jax.jit(meta_gradient)(per_step, one(tasks))
+    plain, same = meta_gradient(shared, one(tasks))
+    assert_close(grads.params, plain.params, 1e-6)
+    assert_close(info, same, 1e-6)
+    support, query = (float(batch[0].sum()) for batch in one(tasks)[:2])
+    uses = np.ones(slots)
+    uses[-1] += STEPS - slots  # steps beyond the last share its state
+    expected = -support * uses
+    if name != "reptile":
+        expected = expected - query * (np.arange(slots) == slots - 1)
+    assert_close(grads.state.steps, jnp.asarray(expected, jnp.float32), 1e-5)
+
+
+def test_a_query_loss_has_the_state_of_the_step_before_it():
+    def told(params, batch, state, key):  # the aux is the state that was given
+        return network(params, batch), (state + batch[0].sum(), state)
+
+    shared, tasks = problem()
+    task = one(tasks)
+    start = fj.WithState(shared.params, fj.PerStep(jnp.arange(float(STEPS)) * 100))
+    for steps in range(1, STEPS + 1):
+        meta_gradient = fj.fomaml(told, optax.sgd(0.1), steps, has_state=True)
+        given = meta_gradient(start, task)[1].aux
+        assert_close(given, 100.0 * (steps - 1) + task.support[0].sum(), 1e-5)
+
+
+def test_the_query_loss_of_a_step_and_the_next_support_loss_have_different_keys():
+    shared, tasks = problem()
+    drawn = []
+
+    def telling(params, batch, state, key):
+        jax.debug.callback(lambda k: drawn.append(tuple(k.tolist())), jax.random.key_data(key))
+        return network(params, batch), (state, None)
+
+    weights = jnp.full(STEPS, 1 / STEPS)
+    for algorithm in (fj.fomaml, fj.maml):
+        drawn.clear()
+        with jax.disable_jit():
+            algorithm(telling, optax.sgd(0.1), STEPS, has_state=True, step_weights=weights)(
+                shared, one(tasks)
+            )
+        jax.effects_barrier()
+        assert len(set(drawn)) == 2 * STEPS
+
+
+def test_learned_rates_with_state():
+    shared, tasks = problem()
+    rates = fj.rates.like(shared.params, 0.1)
+    stateful = fj.meta_sgd(counting, STEPS, has_state=True)
+    grads, info = stateful(fj.WithRates(shared, rates), one(tasks))
+    plain, same = fj.meta_sgd(network, STEPS)(
+        fj.WithRates(shared.params, rates), fj.Task(*one(tasks)[:2])
+    )
+    assert_close((grads.params.params, grads.rates), (plain.params, plain.rates), 1e-6)
+    assert_close(info.query_loss, same.query_loss, 1e-6)
+    task = one(tasks)
+    assert_close(grads.params.state, -STEPS * task.support[0].sum() - task.query[0].sum(), 1e-5)
+
+
 def test_every_step_and_every_task_has_a_key_of_its_own():
     shared, tasks = problem(num_tasks=3)
 
@@ -92,10 +158,85 @@ class Net(nn.Module):
         return nn.Dense(1)(nn.Dropout(0.2, deterministic=not train)(nn.tanh(x)))
 
 
+def falls(loss, params, state):
+    """Meta-trains a little; returns what was learned, once the loss has fallen."""
+    _, tasks = network_problem(4, examples=32)
+    meta_gradient = fj.over_tasks(fj.fomaml(loss, optax.sgd(0.1), 2, has_state=True))
+    learner = fj.meta_learner(meta_gradient, fj.with_state(optax.adam(1e-2)))
+    keyed = fj.KeyedTask(*tasks, jax.random.split(jax.random.key(1), 4))
+    start = learner.init(fj.WithState(params, state))
+    end, info = jax.jit(lambda s: jax.lax.scan(lambda s, _: learner.step(s, keyed), s, length=30))(
+        start
+    )
+    assert info.loss[-1] < info.loss[0]
+    x = jnp.concatenate([tasks.support[0].reshape(-1, 1), tasks.query[0].reshape(-1, 1)])
+    return end.params, x
+
+
+def check_running(mean, var, hidden):
+    np.testing.assert_allclose(mean.ravel(), hidden.mean(0), atol=0.3)
+    np.testing.assert_allclose(var.ravel(), hidden.var(0), rtol=0.5)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_nnx_batch_statistics_and_dropout():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(1, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, momentum=0.5, rngs=rngs)
+            self.dropout = nnx.Dropout(0.2)
+
+        def __call__(self, x, rngs):
+            return self.last(self.dropout(nnx.tanh(self.norm(self.first(x))), rngs=rngs))
+
+    graph, params, statistics = nnx.split(Model(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+
+    def loss(params, batch, statistics, key):
+        model = nnx.merge(graph, params, statistics, copy=True)
+        out = model(batch[0], nnx.Rngs(key))
+        value = jnp.mean((out - batch[1]) ** 2)
+        return value, (nnx.state(model, nnx.BatchStat), None)
+
+    learned, x = falls(loss, params, statistics)
+    model = nnx.merge(graph, learned.params, learned.state)
+    check_running(model.norm.mean[...], model.norm.var[...], model.first(x))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_haiku_state_and_dropout():
+    hk = pytest.importorskip("haiku")
+
+    def forward(x):
+        norm = hk.BatchNorm(True, True, decay_rate=0.5)
+        hidden = jnp.tanh(norm(hk.Linear(8, name="first")(x), is_training=True))
+        return hk.Linear(1)(hk.dropout(hk.next_rng_key(), 0.2, hidden))
+
+    net = hk.transform_with_state(forward)
+    params, state = net.init(jax.random.key(0), jnp.ones((4, 1)))
+
+    def loss(params, batch, state, key):
+        out, state = net.apply(params, state, key, batch[0])
+        return jnp.mean((out - batch[1]) ** 2), (state, None)
+
+    # Haiku counts the steps of its averages in integers, which no optimizer moves.
+    counters, averages = hk.data_structures.partition(lambda m, n, v: n == "counter", state)
+
+    def of_averages(params, batch, averages, key):
+        value, (state, aux) = loss(params, batch, hk.data_structures.merge(counters, averages), key)
+        return value, (hk.data_structures.partition(lambda m, n, v: n == "counter", state)[1], aux)
+
+    learned, x = falls(of_averages, params, averages)
+    hidden = x @ learned.params["first"]["w"] + learned.params["first"]["b"][None]
+    averages = learned.state
+    check_running(
+        averages["batch_norm/~/mean_ema"]["hidden"], averages["batch_norm/~/var_ema"]["hidden"],
+        hidden,
+    )  # fmt: skip
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_flax_batch_statistics_and_dropout():
     net = Net()
-    _, tasks = network_problem(4, examples=32)
     variables = net.init(jax.random.key(0), jnp.ones((1, 1)), train=False)
 
     def loss(params, batch, batch_stats, key):
@@ -108,20 +249,10 @@ def test_flax_batch_statistics_and_dropout():
         )
         return jnp.mean((out - batch[1]) ** 2), (updated["batch_stats"], None)
 
-    meta_gradient = fj.over_tasks(fj.fomaml(loss, optax.sgd(0.1), 2, has_state=True))
-    learner = fj.meta_learner(meta_gradient, fj.with_state(optax.adam(1e-2)))
-    state = learner.init(fj.WithState(variables["params"], variables["batch_stats"]))
-    keyed = fj.KeyedTask(*tasks, jax.random.split(jax.random.key(1), 4))
-    state, info = jax.jit(
-        lambda s: jax.lax.scan(lambda s, _: learner.step(s, keyed), s, length=30)
-    )(state)
-    assert info.loss[-1] < info.loss[0]
-    learned = state.params
-    x = jnp.concatenate([tasks.support[0].reshape(-1, 1), tasks.query[0].reshape(-1, 1)])
+    learned, x = falls(loss, variables["params"], variables["batch_stats"])
     hidden = x @ learned.params["Dense_0"]["kernel"] + learned.params["Dense_0"]["bias"][None]
     running = learned.state["BatchNorm_0"]
-    np.testing.assert_allclose(running["mean"], hidden.mean(0), atol=0.3)
-    np.testing.assert_allclose(running["var"], hidden.var(0), rtol=0.5)
+    check_running(running["mean"], running["var"], hidden)
 
 
 def test_refusals():
