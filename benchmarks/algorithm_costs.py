@@ -1,4 +1,4 @@
-"""What each algorithm costs beside FOMAML on the same tasks: time, floating-point operations, memory.
+"""What each algorithm costs beside FOMAML on the same tasks: time, operations, memory.
 
 Omniglot shapes with strides, 64 channels. Times are ratios within interleaved rounds; operations
 and memory are the compiled program's own count of them for one task.

@@ -213,7 +213,7 @@ def algorithms(problem: Problem) -> dict[str, Algorithm]:
         "BOIL": plain(fj.fomaml, lambda path: not in_head(path)),
         "Meta-SGD": learned(per="element"),
         "LSLR, multi-step loss": learned(
-            lambda step, steps: fj.schedules.multi_step_weights(INNER_STEPS, step, steps // 2),
+            lambda step, steps: fj.schedules.multi_step_weights(INNER_STEPS, step, -(-steps // 2)),
             num_steps=INNER_STEPS,
         ),
         "ProtoMAML": Algorithm(proto_maml, adapting(start=first_head)),
@@ -233,8 +233,8 @@ def run(algorithm: Algorithm, problem: Problem, asked: argparse.Namespace) -> di
             num_tasks=num_tasks,
         )
 
-    validate = jax.jit(lambda *at: judge(*at, problem.validation, 200).mean)
-    test = jax.jit(lambda *at: judge(*at, problem.test, asked.eval_tasks))
+    validate = jax.jit(lambda shared, f: judge(shared, f, problem.validation, 200).mean)
+    test = jax.jit(lambda shared, f: judge(shared, f, problem.test, asked.eval_tasks))
 
     short = max(1, asked.steps // 10)
     trial = trainer(algorithm, problem, short)
@@ -256,7 +256,7 @@ def run(algorithm: Algorithm, problem: Problem, asked: argparse.Namespace) -> di
 
 def trainer(
     algorithm: Algorithm, problem: Problem, steps: int
-) -> Callable[[jax.Array], tuple[Any, float, int]]:
+) -> Callable[[Any], tuple[Any, float, int]]:
     """Training at a factor of the inner rates: what was learned, seconds, and planned memory."""
     mesh = mesh_for(TASKS_PER_STEP)
     optimizer = optax.adam(optax.cosine_decay_schedule(OUTER_RATE, steps, alpha=0.01))

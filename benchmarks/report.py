@@ -1,12 +1,18 @@
-"""Writes README.md from the results: no number in it is typed by hand."""
+"""Writes README.md from the results, and the algorithms' table into the project's own.
+
+No number in either is typed by hand.
+"""
 
 import argparse
 import json
+import re
 import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import algorithm_costs
+import algorithms
 import common
 import frameworks
 import memory
@@ -16,6 +22,8 @@ import time_shares
 import time_to_accuracy
 
 README = Path(__file__).with_name("README.md")
+PROJECT = Path(__file__).parents[1] / "README.md"
+MARKED = re.compile(r"(?<=<!-- algorithms -->\n).*?(?=<!-- end -->)", re.DOTALL)
 BENCHMARKS = {
     "meta_step": meta_step,
     "time_shares": time_shares,
@@ -23,6 +31,8 @@ BENCHMARKS = {
     "frameworks": frameworks,
     "memory": memory,
     "time_to_accuracy": time_to_accuracy,
+    "algorithm_costs": algorithm_costs,
+    "algorithms": algorithms,
 }
 
 HEAD = """# Benchmarks
@@ -45,13 +55,21 @@ def main() -> None:
     """Runs from the command line."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(render())
-    print(f"written to {README}")
+    PROJECT.write_text(with_algorithms(PROJECT.read_text()))
+    print(f"written to {README} and {PROJECT}")
 
 
 def render() -> str:
     """The page."""
     sections = [section(name, module) for name, module in BENCHMARKS.items()]
     return "\n".join([HEAD, *sections])
+
+
+def with_algorithms(page: str) -> str:
+    """The project's README with the table as it was last measured on a CPU."""
+    result = json.loads((common.RESULTS / "algorithms-cpu.json").read_text())
+    table = common.table(algorithms.COLUMNS, result["rows"])
+    return MARKED.sub(lambda _: f"\n{table}\n\n", page)
 
 
 def section(name: str, module: ModuleType) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fomaml_jax import options, problems
+from fomaml_jax.batch_statistics import queries_of
 from fomaml_jax.datasets import ImageClasses
 from fomaml_jax.evaluation import Evaluation, evaluate
 from fomaml_jax.meta_gradients import fomaml, maml
@@ -54,7 +55,7 @@ def nearest_class_mean(
         return jax.nn.one_hot(y, chosen.ways).T @ x.reshape(len(x), -1) / chosen.shots
 
     def accuracy(means: jax.Array, query: Batch) -> jax.Array:
-        x, y = query
+        x, y = queries_of(query[0]), query[1]
         apart = x.reshape(len(x), 1, -1) - means[None]
         return jnp.mean((apart**2).sum(-1).argmin(-1) == y)
 

@@ -114,6 +114,11 @@ def one_at_a_time(
     return predict_separately
 
 
+def queries_of(inputs: Any) -> Any:
+    """The query inputs, with or without a support set beside them."""
+    return inputs.query if isinstance(inputs, Beside) else inputs
+
+
 def both(metric_fn: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], dict[str, Any]]:
     """A metric under either statistics, by name, for `evaluate` to report in one run.
 

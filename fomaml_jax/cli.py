@@ -17,11 +17,17 @@ try:
     from tyro.conf import Positional
 
     from fomaml_jax import experiment, options, problems, runs
+    from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
     from fomaml_jax.training import use_every_core
 except ModuleNotFoundError as missing:
     sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
 
 REFUSED, INTERRUPTED = 2, 130
+
+STATISTICS = {
+    TRANSDUCTIVE: "query batches normalised together (transductive)",
+    ONE_AT_A_TIME: "each query normalised beside the support set alone",
+}
 
 T = TypeVar("T")
 
@@ -139,6 +145,7 @@ def table(result: dict[str, Any]) -> str:
     """The result as lines for people: each step of adaptation, then the baselines."""
     percent = result["metric"] == "accuracy"
     rows = {_after(row["inner_steps"]): row for row in result["per_step"]}
+    rows |= {f"the same, {name}": row for name, row in result["otherwise"].items()}
     rows |= result.get("baselines", {})
 
     def line(name: str, row: dict[str, float]) -> str:
@@ -148,8 +155,8 @@ def table(result: dict[str, Any]) -> str:
             f" ± {scale * row['ci95']:.{digits}f}"
         )
 
-    transductive = ", query batches normalised together (transductive)" if percent else ""
-    head = f"{result['metric']} on {result['num_tasks']} unseen tasks{transductive}"
+    normalised = f", {STATISTICS[result['statistics']]}" if result["statistics"] else ""
+    head = f"{result['metric']} on {result['num_tasks']} unseen tasks{normalised}"
     return "\n".join(["", head, "", *(line(*item) for item in rows.items())])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from fomaml_jax import baselines, options, pictures, problems, runs
+from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.evaluation import Evaluation
 from fomaml_jax.problems import Problem
 from fomaml_jax.training import meta_train, tune_training
@@ -84,6 +85,16 @@ def evaluate(chosen: options.Options, problem: Problem, params: Params) -> dict[
         problem, problem.test, num_steps=chosen.adaptation_steps, num_tasks=chosen.eval_tasks
     )
     judged = judge(params, Keys.of(chosen.seed).test)
+    otherwise = {
+        name: problems.judge_of(
+            problem,
+            tasks,
+            num_steps=chosen.adaptation_steps,
+            num_tasks=chosen.eval_tasks,
+            every_step=False,
+        )(params, Keys.of(chosen.seed).test)
+        for name, tasks in problem.otherwise.items()
+    }
     images = isinstance(chosen, options.ImageOptions)
     return {
         "dataset": options.name_of(chosen),
@@ -92,7 +103,9 @@ def evaluate(chosen: options.Options, problem: Problem, params: Params) -> dict[
         "metric": problem.metric,
         **last(judged),
         "num_tasks": int(judged.num_tasks),
-        "transductive": True if images else None,
+        "transductive": problem.statistics == TRANSDUCTIVE if images else None,
+        "statistics": problem.statistics,
+        "otherwise": {name: last(found) for name, found in otherwise.items()},
         "inner_steps": chosen.adaptation_steps,
         "before_adaptation": float(judged.mean[0]),
         "per_step": [

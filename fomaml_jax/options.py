@@ -66,7 +66,11 @@ class ImageOptions(Options):
     shots: int = 1
     """Support examples a class of an unseen task."""
     queries: int = 5
-    """Query examples a class; a query batch is normalised together (transductive)."""
+    """Query examples a class."""
+    statistics: Literal["transductive", "one-at-a-time"] = "transductive"
+    """What a query picture is normalised with, in training and in the results: the other query
+    pictures, or the support set alone, which takes (support pictures + 1) times as long. The last
+    accuracy is reported either way."""
     train_ways: int | None = None
     """Classes in a training episode; 20, or all if there are fewer, unless given. More make harder
     tasks and better features, and a head that starts at zero fits any number of classes."""

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fomaml_jax import options, problems, runs
+from fomaml_jax.batch_statistics import queries_of
 from fomaml_jax.problems import Problem
 from fomaml_jax.types import Params
 
@@ -80,7 +81,8 @@ def episodes(
     def solve(index):
         task = problem.test(jax.random.fold_in(key, index))
         adapted = jax.tree.map(lambda path: path[-1], adapt_fn(params, task.support))
-        return task, problem.predict(adapted, task.query[0]).argmax(-1)
+        predicted = problem.predict(adapted, task.query[0]).argmax(-1)
+        return task._replace(query=(queries_of(task.query[0]), task.query[1])), predicted
 
     rows = 1 + shown
     figure = Figure(figsize=(count * (0.62 * ways + 0.4), 0.72 * rows + 0.5))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from fomaml_jax import datasets, models, options
 from fomaml_jax.adaptation import adapt
+from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE, beside_support, one_at_a_time
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.evaluation import Evaluation, evaluate
@@ -32,6 +33,9 @@ from fomaml_jax.variants import in_every_form, preferring
 
 HEAD = "head"
 """The name of a network's last, linear layer."""
+
+QUERIES_AT_ONCE = 16
+"""Of queries that are normalised one at a time, each in a batch of its own."""
 
 Predict = Callable[[Params, jax.Array], jax.Array]
 
@@ -55,6 +59,8 @@ class Problem:
         train: the distribution of training tasks.
         validation: of tasks to follow training with.
         test: of tasks never seen.
+        statistics: what their query examples are normalised with, where that matters.
+        otherwise: the same tasks, by the name of the other statistics.
         tasks_at_once: as in `over_tasks`.
         splits: the pictures behind the tasks, or `None`.
     """
@@ -71,6 +77,8 @@ class Problem:
     train: TaskDistribution
     validation: TaskDistribution
     test: TaskDistribution
+    statistics: str | None = None
+    otherwise: Mapping[str, TaskDistribution] = dataclasses.field(default_factory=dict)
     tasks_at_once: TasksAtOnce = "auto"
     splits: Splits | None = None
 
@@ -107,12 +115,22 @@ def adapt_path(problem: Problem, num_steps: int) -> Callable[[Params, Batch], Pa
 
 
 def judge_of(
-    problem: Problem, tasks: TaskDistribution, *, num_steps: int, num_tasks: int
+    problem: Problem,
+    tasks: TaskDistribution,
+    *,
+    num_steps: int,
+    num_tasks: int,
+    every_step: bool = True,
 ) -> Callable[[Params, jax.Array], Evaluation]:
-    """A compiled `(params, key) -> Evaluation` of the metric after 0, 1, ... `num_steps` steps."""
+    """A compiled `(params, key) -> Evaluation` of the metric after 0, 1, ... `num_steps` steps.
+
+    Or, without `every_step`, after the last alone.
+    """
     adapt_fn = adapt_path(problem, num_steps)
 
     def metric_fn(path: Params, query: Batch) -> list[jax.Array]:
+        if not every_step:
+            path = jax.tree.map(lambda x: x[-1:], path)
         return list(jax.lax.map(lambda params: problem.metric_fn(params, query), path))
 
     @jax.jit
@@ -228,14 +246,15 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     train_ways = training_ways(chosen, splits.train)
     params = initial_params(chosen, train_ways, splits.train)
     head = params["params"][HEAD]
-    predict = predictor(chosen)
+    predict = one_at_a_time(predictor(chosen), queries_at_once=QUERIES_AT_ONCE)
     loss_fn = cross_entropy(predict)
 
     def inner(ways: int) -> optax.GradientTransformation:
         return inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
 
     network_in_bits = compute_in(jnp.dtype(chosen.compute), native_predictor(chosen))
-    native = fomaml(cross_entropy(network_in_bits), inner(train_ways), chosen.inner_steps)
+    in_training = one_at_a_time(network_in_bits, queries_at_once=QUERIES_AT_ONCE)
+    native = fomaml(cross_entropy(in_training), inner(train_ways), chosen.inner_steps)
 
     def start(params: Params) -> Params:
         zeros = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], chosen.ways), x.dtype), head)
@@ -250,6 +269,21 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
             chosen, name, splits, ways=chosen.ways, shots=chosen.shots, rotations=turned
         )
 
+    statistics = {"transductive": TRANSDUCTIVE, "one-at-a-time": ONE_AT_A_TIME}[chosen.statistics]
+    normalised = beside_support if statistics == ONE_AT_A_TIME else lambda tasks: tasks
+    training = _episodes(
+        chosen,
+        "train",
+        splits,
+        ways=train_ways,
+        shots=chosen.train_shots,
+        augment=augmentation(chosen),
+    )
+    # A small folder may have no classes to spare: training is then followed on its own.
+    spare = len(splits.validation.images) >= chosen.ways
+    validation = unseen("validation" if spare else "train")
+    test = {TRANSDUCTIVE: unseen("test"), ONE_AT_A_TIME: beside_support(unseen("test"))}
+
     return Problem(
         params=without_head(params),
         start=start,
@@ -262,19 +296,11 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
             preferring("matmul_convolutions", native), functools.partial(fresh_head, head=head)
         ),
         outer=functools.partial(outer_optimizer, chosen.rate),
-        train=_episodes(
-            chosen,
-            "train",
-            splits,
-            ways=train_ways,
-            shots=chosen.train_shots,
-            augment=augmentation(chosen),
-        ),
-        # A small folder may have no classes to spare: training is then followed on its own.
-        validation=unseen(
-            "validation" if len(splits.validation.images) >= chosen.ways else "train"
-        ),
-        test=unseen("test"),
+        train=normalised(training),
+        validation=normalised(validation),
+        test=test.pop(statistics),
+        statistics=statistics,
+        otherwise=test,
         splits=splits,
     )
 

@@ -79,7 +79,8 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """The mean over examples, in which those of weight zero have no part, NaN or not.
 
     Args:
-        values: `[examples, ...]`.
+        values: `[examples, ...]`. A NaN of weight zero does no harm here, but what it was computed
+            from does to the gradient: pass inputs and targets through `models.without_padding`.
         weights: `[examples]`, not negative.
 
     Returns:

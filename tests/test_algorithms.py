@@ -7,15 +7,20 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from problems import assert_close, network, network_problem, one
 
 import fomaml_jax as fj
 
-STEPS, RATE = 3, 0.1
+STEPS, RATE, WAYS = 3, 0.1, 4
 WEIGHTS = (0.2, 0.3, 0.5)
 HEAD = ("w2", "b2")
+
+
+def everywhere(path):
+    return True
 
 
 def in_head(path):
@@ -28,16 +33,19 @@ def in_body(path):
 
 def fresh_head(params, support):
     """A head that depends on the support set, and on no head before."""
-    level = jax.lax.stop_gradient(support[1].mean())
+    x, other = support
+    uneven = isinstance(x, tuple)  # then support is ((x, y), weights)
+    level = jax.lax.stop_gradient(fj.uneven.weighted_mean(x[0], other) if uneven else x.mean())
     return {**params, "w2": jnp.zeros_like(params["w2"]), "b2": jnp.full_like(params["b2"], level)}
 
 
 class Case(NamedTuple):
-    """An algorithm, what it is called on, and the same by hand."""
+    """An algorithm, what it is called on, the same by hand, and what its inner loop adapts."""
 
-    make: Callable[[Any], fj.MetaGradient]
+    make: Callable[..., fj.MetaGradient]
     reference: Callable[[Any, fj.Task], Any]
     shared: Callable[[fj.Params], Any] = lambda params: params
+    adapted: Callable[[str], bool] = everywhere
 
 
 def by_hand(
@@ -46,7 +54,7 @@ def by_hand(
     loss=network,
     stop=jax.lax.stop_gradient,
     weights=(0, 0, 1),
-    adapted=lambda path: True,
+    adapted=everywhere,
     rates=lambda k, path: RATE,
 ):
     """The weighted query loss after each step of gradient descent."""
@@ -65,7 +73,7 @@ def gradient(**options):
     return jax.grad(functools.partial(by_hand, **options))
 
 
-def reptile_by_hand(params, task, adapted=lambda path: True):
+def reptile_by_hand(params, task, adapted=everywhere):
     theta = params
     for _ in range(STEPS):
         grads = jax.grad(network)(theta, task.support)
@@ -106,64 +114,76 @@ def from_fresh_head(params, task):
 sgd = optax.sgd(RATE)
 through = {"stop": lambda x: x}
 CASES = {
-    "FOMAML": Case(lambda loss: fj.fomaml(loss, sgd, STEPS), gradient()),
-    "FOMAML, unrolled": Case(lambda loss: fj.fomaml(loss, sgd, STEPS, unroll=True), gradient()),
-    "MAML": Case(lambda loss: fj.maml(loss, sgd, STEPS), gradient(**through)),
-    "MAML, rematerialised": Case(
-        lambda loss: fj.maml(loss, sgd, STEPS, remat=True), gradient(**through)
+    "FOMAML": Case(lambda loss, **o: fj.fomaml(loss, sgd, STEPS, **o), gradient()),
+    "FOMAML, unrolled": Case(
+        lambda loss, **o: fj.fomaml(loss, sgd, STEPS, unroll=True, **o), gradient()
     ),
-    "Reptile": Case(lambda loss: fj.reptile(loss, sgd, STEPS), reptile_by_hand),
+    "MAML": Case(lambda loss, **o: fj.maml(loss, sgd, STEPS, **o), gradient(**through)),
+    "MAML, rematerialised": Case(
+        lambda loss, **o: fj.maml(loss, sgd, STEPS, remat=True, **o), gradient(**through)
+    ),
+    "Reptile": Case(lambda loss, **o: fj.reptile(loss, sgd, STEPS, **o), reptile_by_hand),
     "ANIL": Case(
-        lambda loss: fj.fomaml(loss, sgd, STEPS, trainable=in_head), gradient(adapted=in_head)
+        lambda loss, **o: fj.fomaml(loss, sgd, STEPS, trainable=in_head, **o),
+        gradient(adapted=in_head),
+        adapted=in_head,
     ),
     "ANIL, second order": Case(
-        lambda loss: fj.maml(loss, sgd, STEPS, trainable=in_head),
+        lambda loss, **o: fj.maml(loss, sgd, STEPS, trainable=in_head, **o),
         gradient(adapted=in_head, **through),
+        adapted=in_head,
     ),
     "BOIL": Case(
-        lambda loss: fj.fomaml(loss, sgd, STEPS, trainable=in_body), gradient(adapted=in_body)
+        lambda loss, **o: fj.fomaml(loss, sgd, STEPS, trainable=in_body, **o),
+        gradient(adapted=in_body),
+        adapted=in_body,
     ),
     "Reptile of the head": Case(
-        lambda loss: fj.reptile(loss, sgd, STEPS, trainable=in_head),
+        lambda loss, **o: fj.reptile(loss, sgd, STEPS, trainable=in_head, **o),
         functools.partial(reptile_by_hand, adapted=in_head),
+        adapted=in_head,
     ),
     "multi-step FOMAML": Case(
-        lambda loss: fj.fomaml(loss, sgd, STEPS, step_weights=jnp.array(WEIGHTS)),
+        lambda loss, **o: fj.fomaml(loss, sgd, STEPS, step_weights=jnp.array(WEIGHTS), **o),
         gradient(weights=WEIGHTS),
     ),
     "multi-step MAML": Case(
-        lambda loss: fj.maml(loss, sgd, STEPS, step_weights=jnp.array(WEIGHTS)),
+        lambda loss, **o: fj.maml(loss, sgd, STEPS, step_weights=jnp.array(WEIGHTS), **o),
         gradient(weights=WEIGHTS, **through),
     ),
     "multi-step ANIL": Case(
-        lambda loss: fj.fomaml(
-            loss, sgd, STEPS, step_weights=jnp.array(WEIGHTS), trainable=in_head
+        lambda loss, **o: fj.fomaml(
+            loss, sgd, STEPS, step_weights=jnp.array(WEIGHTS), trainable=in_head, **o
         ),
         gradient(weights=WEIGHTS, adapted=in_head),
+        adapted=in_head,
     ),
     "a rate for every tensor": Case(
-        lambda loss: fj.meta_sgd(loss, STEPS), rates_by_hand(), with_rates()
+        lambda loss, **o: fj.meta_sgd(loss, STEPS, **o), rates_by_hand(), with_rates()
     ),
     "Meta-SGD": Case(
-        lambda loss: fj.meta_sgd(loss, STEPS), rates_by_hand(), with_rates(per="element")
+        lambda loss, **o: fj.meta_sgd(loss, STEPS, **o), rates_by_hand(), with_rates(per="element")
     ),
     "LSLR": Case(
-        lambda loss: fj.meta_sgd(loss, STEPS, per_step=True),
+        lambda loss, **o: fj.meta_sgd(loss, STEPS, per_step=True, **o),
         rates_by_hand(per_step=True),
         with_rates(num_steps=STEPS),
     ),
     "multi-step LSLR": Case(
-        lambda loss: fj.meta_sgd(loss, STEPS, per_step=True, step_weights=jnp.array(WEIGHTS)),
+        lambda loss, **o: fj.meta_sgd(
+            loss, STEPS, per_step=True, step_weights=jnp.array(WEIGHTS), **o
+        ),
         rates_by_hand(per_step=True, weights=WEIGHTS),
         with_rates(num_steps=STEPS),
     ),
     "Meta-SGD of the head": Case(
-        lambda loss: fj.meta_sgd(loss, STEPS, trainable=in_head),
+        lambda loss, **o: fj.meta_sgd(loss, STEPS, trainable=in_head, **o),
         rates_by_hand(adapted=in_head),
         with_rates(per="element"),
+        adapted=in_head,
     ),
     "FOMAML from a fresh head": Case(
-        lambda loss: fj.starting_from(fresh_head, fj.fomaml(loss, sgd, STEPS)),
+        lambda loss, **o: fj.starting_from(fresh_head, fj.fomaml(loss, sgd, STEPS, **o)),
         jax.grad(from_fresh_head),
     ),
 }
@@ -214,3 +234,79 @@ def test_any_number_of_tasks_at_once_is_the_same(case):
     for tasks_at_once in (1, 2, None):
         over_tasks = fj.over_tasks(case.make(network), tasks_at_once=tasks_at_once)
         assert_close(jax.jit(over_tasks)(shared, tasks)[0], mean, 1e-12)
+
+
+@cases
+def test_the_inner_loop_moves_what_it_adapts_and_nothing_else(case):
+    params, tasks = network_problem(1)
+
+    def telling(params, batch):  # the aux: the parameters that the loss is given
+        return network(params, batch), params
+
+    _, info = case.make(telling, has_aux=True)(case.shared(params), one(tasks))
+    for name, leaf in params.items():
+        same = np.array_equal(info.aux[name], leaf)
+        assert same != case.adapted(name), name
+
+
+@cases
+def test_masked_examples_have_exactly_no_influence(case):
+    def loss(params, batch):
+        (x, y), weights = batch
+        x, y = (fj.models.without_padding(part, weights) for part in (x, y))
+        hidden = jnp.tanh(x @ params["w1"] + params["b1"][None])
+        errors = (hidden @ params["w2"] + params["b2"][None] - y) ** 2
+        return fj.uneven.weighted_mean(errors, weights)
+
+    params, tasks = network_problem(1)
+    shared, task, meta_gradient = case.shared(params), one(tasks), jax.jit(case.make(loss))
+
+    def padded(batch, content):
+        (x, y), weights = fj.uneven.pad_batch(batch, 9)
+        real = weights[:, None] > 0
+        return (jnp.where(real, x, content), jnp.where(real, y, content)), weights
+
+    found = [
+        meta_gradient(shared, fj.Task(*(padded(batch, content) for batch in task)))
+        for content in (0.0, 1e30, jnp.nan)
+    ]
+    for other in found[1:]:
+        chex.assert_trees_all_equal(other, found[0])
+    plain = case.make(network)(shared, task)
+    assert_close(found[0], plain, 1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+@cases
+def test_permuted_labels_permute_the_head_and_change_nothing_else(case):
+    order = np.array([2, 0, 3, 1])
+
+    def permuted(tree):
+        """The outputs of every leaf that belongs to the head, in another order."""
+
+        def leaf(path, x):
+            of_head = str(path[-1].key) in HEAD and x.shape[-1:] == (WAYS,)
+            return x[..., order] if of_head else x
+
+        return jax.tree.map_with_path(leaf, tree)
+
+    def loss(params, batch):
+        x, labels = batch
+        hidden = jnp.tanh(x @ params["w1"] + params["b1"][None])
+        logits = hidden @ params["w2"] + params["b2"][None]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    params, tasks = network_problem(1)
+    rng = np.random.default_rng(1)
+    params |= {"w2": jnp.asarray(rng.normal(size=(8, WAYS))), "b2": jnp.zeros(WAYS)}
+    x_support, x_query = (one(batch[0]) for batch in tasks)
+    labels = jnp.asarray(rng.integers(0, WAYS, 6))
+    position = jnp.asarray(np.argsort(order))  # where each class's output has gone
+    meta_gradient, shared = case.make(loss), case.shared(params)
+    grads, info = meta_gradient(shared, fj.Task((x_support, labels), (x_query, labels)))
+    turned = fj.Task((x_support, position[labels]), (x_query, position[labels]))
+    found, same = meta_gradient(permuted(shared), turned)
+    assert_close(found, permuted(grads), 1e-12)
+    assert_close(same, info, 1e-12)
+    before, after = jax.tree.leaves(grads)[1], jax.tree.leaves(found)[1]  # of b2
+    assert not (before.any() and np.allclose(before, after, atol=1e-6))

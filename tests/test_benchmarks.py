@@ -16,6 +16,11 @@ SHORT = {
     "peers": ["--settings", "5w1s", "sinusoid", "--tasks", "2", "--repeats", "1"],
     "frameworks": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
     "memory": ["--steps", "1", "--tasks", "2"],
+    "algorithm_costs": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
+    "algorithms": [
+        *("--data", "glyphs", "--steps", "5", "--ways", "3", "--eval-tasks", "2", "--width", "4"),
+        *("--algorithms", "FOMAML", "LSLR, multi-step loss", "ProtoMAML"),
+    ],
     "time_to_accuracy": ["--data", "glyphs", "--steps", "4", "--width", "4", "--eval-tasks", "2"],
 }
 
@@ -45,8 +50,11 @@ def test_help(name):
     assert "--help" in done.stdout
 
 
-def test_the_page_is_what_the_results_say(monkeypatch):
+def test_the_pages_are_what_the_results_say(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import report
 
     assert report.README.read_text() == report.render()
+    project = report.PROJECT.read_text()
+    assert report.MARKED.search(project)
+    assert project == report.with_algorithms(project)

@@ -32,6 +32,7 @@ SMALL_GLYPHS = (*SMALL, "--train-ways", "4", "--ways", "3")
 SMALL_FOLDER = (*SMALL, "--train-ways", "2", "--ways", "2")
 RESULT_KEYS = {
     *("dataset", "ways", "shots", "metric", "mean", "ci95", "num_tasks", "transductive"),
+    *("statistics", "otherwise"),
     *("inner_steps", "before_adaptation", "baselines", "tasks_seen", "seconds", "config"),
     *("versions", "per_step"),
 }
@@ -39,12 +40,15 @@ FILES = {"config.json", "parameters.npz", "metrics.jsonl", "result.json", "learn
 
 
 class SmallNetwork(nn.Module):
+    """A network in which, as in the real one, examples see their batch."""
+
     outputs: int
     width: int
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nn.Dense(self.width, name="body")(x.reshape(len(x), -1)))
+        x = nn.Dense(self.width, name="body")(x.reshape(len(x), -1))
+        x = nn.relu(x - x.mean(0, keepdims=True))
         return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="head")(x)
 
 
@@ -163,6 +167,7 @@ def test_the_result_of_pictures(glyphs):
         "metric": "accuracy",
         "num_tasks": 4,
         "transductive": True,
+        "statistics": "transductive",
         "inner_steps": 1,
         "before_adaptation": pytest.approx(1 / 3),
         "tasks_seen": 6,
@@ -172,16 +177,45 @@ def test_the_result_of_pictures(glyphs):
     assert result["config"]["steps"] == 3
     assert result["versions"]["jax"] == jax.__version__
     assert 0 < result["mean"] <= 1
+    assert set(result["otherwise"]) == {"one query at a time"}
     assert set(result["baselines"]) == {
         "nearest class mean on pixels",
         "joint pre-training, fine-tuned",
     }
 
 
+def test_queries_one_at_a_time(glyphs, tmp_path):
+    words = ("--statistics", "one-at-a-time", "--no-compare")
+    run = trained(tmp_path / "run", "glyphs", *SMALL_GLYPHS, *words)
+    assert run.result["statistics"] == "one query at a time"
+    assert run.result["transductive"] is False
+    assert set(run.result["otherwise"]) == {"transductive"}
+    assert run.out.splitlines()[1] == (
+        "accuracy on 4 unseen tasks, each query normalised beside the support set alone"
+    )
+    assert is_picture(run.folder / "episodes.png")
+    assert run.metrics[-1]["loss"] != glyphs.metrics[-1]["loss"]  # training is different too
+
+
+def test_what_is_reported_beside_is_what_the_other_choice_reports(glyphs):
+    chosen = options.from_json(glyphs.result["config"])
+    found = {}
+    for statistics in ("transductive", "one-at-a-time"):
+        asked = dataclasses.replace(chosen, statistics=statistics, eval_tasks=50)
+        problem = problems.build(asked)
+        params = runs.load_parameters(glyphs.folder, problem.params)
+        found[statistics] = experiment.evaluate(asked, problem, params)
+    together, separate = found["transductive"], found["one-at-a-time"]
+    assert together["otherwise"]["one query at a time"]["mean"] == separate["mean"]
+    assert separate["otherwise"]["transductive"]["mean"] == together["mean"]
+    assert together["mean"] != separate["mean"]
+
+
 def test_the_result_of_sine_waves(sinusoid):
     result = sinusoid.result
     assert result.keys() == RESULT_KEYS
     expected = {"dataset": "sinusoid", "ways": None, "shots": 5, "transductive": None}
+    expected |= {"statistics": None, "otherwise": {}}
     expected |= {"metric": "mean squared error", "inner_steps": 2, "baselines": {}}
     assert {name: result[name] for name in expected} == expected
     assert [row["inner_steps"] for row in result["per_step"]] == [0, 1, 2]
@@ -239,8 +273,10 @@ def rows_of(table):
 
 def test_the_table_of_pictures_is_the_result_in_percent(glyphs):
     result = glyphs.result
-    rows = [*result["per_step"], *result["baselines"].values()]
-    names = ["before adaptation", "after 1 step", *result["baselines"]]
+    otherwise = result["otherwise"]["one query at a time"]
+    rows = [*result["per_step"], otherwise, *result["baselines"].values()]
+    names = ["before adaptation", "after 1 step", "the same, one query at a time"]
+    names += result["baselines"]
     assert rows_of(glyphs.out) == [
         (name, round(100 * row["mean"], 2), round(100 * row["ci95"], 2))
         for name, row in zip(names, rows, strict=True)
@@ -269,7 +305,7 @@ def test_the_same_seed_gives_the_same_numbers_and_no_compare_only_leaves_out_bas
     assert again.result["per_step"] == glyphs.result["per_step"]
     assert again.metrics == glyphs.metrics
     assert again.result["baselines"] == {}
-    assert rows_of(again.out) == rows_of(glyphs.out)[:2]
+    assert rows_of(again.out) == rows_of(glyphs.out)[:3]
 
 
 def test_tune_says_what_it_saw_and_trains_the_same(glyphs, tmp_path):
@@ -310,7 +346,7 @@ def test_evaluate_repeats_the_evaluation_of_the_run(glyphs):
     before = {path: path.stat().st_mtime_ns for path in glyphs.folder.iterdir()}
     again = call("evaluate", glyphs.folder, "--eval-tasks", "4")
     assert again.code == 0
-    assert rows_of(again.out) == rows_of(glyphs.out)[:2]
+    assert rows_of(again.out) == rows_of(glyphs.out)[:3]
     assert {path: path.stat().st_mtime_ns for path in glyphs.folder.iterdir()} == before
 
 
@@ -674,7 +710,10 @@ def test_the_real_network_trains_on_glyphs_drawn_afresh(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["before_adaptation"] == pytest.approx(1 / 5)
     assert result["num_tasks"] == 4
-    assert [name for name, *_ in rows_of(done.stdout)][-1] == "after 3 steps"
+    assert [name for name, *_ in rows_of(done.stdout)][-2:] == [
+        "after 3 steps",
+        "the same, one query at a time",
+    ]
     assert is_picture(tmp_path / "run" / "episodes.png")
 
 
