@@ -15,7 +15,7 @@ import optax
 from common import INNER_RATE, Setting
 
 import fomaml_jax as fj
-from fomaml_jax.training import use_every_core
+from fomaml_jax.devices import use_every_core
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import fomaml_jax as fj
-from fomaml_jax.training import mesh_for, use_every_core
+from fomaml_jax.devices import mesh_for, use_every_core
 
 INNER_STEPS, TASKS_PER_STEP, QUERIES = 3, 8, 5
 BODY_RATE, HEAD_RATE, OUTER_RATE = 0.1, 3.0, 5e-3

@@ -20,7 +20,7 @@ from common import INNER_RATE, Setting
 from flax import nnx
 
 import fomaml_jax as fj
-from fomaml_jax.training import use_every_core
+from fomaml_jax.devices import use_every_core
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fomaml_jax as fj
-from fomaml_jax.training import mesh_for, use_every_core
+from fomaml_jax.devices import mesh_for, use_every_core
 from fomaml_jax.variants import variants_of
 
 

@@ -26,7 +26,7 @@ import optax
 from common import INNER_RATE, SETTINGS, Setting
 
 import fomaml_jax as fj
-from fomaml_jax.training import use_every_core
+from fomaml_jax.devices import use_every_core
 
 # Of PyTorch, for every form.
 PROCESSES = 3

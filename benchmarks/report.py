@@ -15,6 +15,7 @@ import algorithm_costs
 import algorithms
 import common
 import frameworks
+import kills
 import memory
 import meta_step
 import peers
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "memory": memory,
     "time_to_accuracy": time_to_accuracy,
     "algorithm_costs": algorithm_costs,
+    "kills": kills,
     "algorithms": algorithms,
 }
 

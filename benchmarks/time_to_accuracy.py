@@ -24,7 +24,7 @@ import common
 import numpy as np
 
 from fomaml_jax import experiment, options, problems
-from fomaml_jax.training import use_every_core
+from fomaml_jax.devices import use_every_core
 
 MARKS = (0.90, 0.95, 0.97)
 
@@ -92,18 +92,23 @@ def ours(chosen: options.ImageOptions, problem: problems.Problem) -> Iterator[Po
         problem, problem.test, num_steps=chosen.inner_steps, num_tasks=chosen.eval_tasks
     )
     keys = experiment.Keys.of(chosen.seed)
+    points: list[Point] = []
     seconds, since = 0.0, time.perf_counter()
-    training = experiment.training_of(chosen, problem, keys.train)
-    for reports, (params, metrics) in enumerate(training):
+
+    def follow(row: dict[str, Any], params: Any) -> None:
+        nonlocal seconds, since
         seconds += time.perf_counter() - since
-        if reports == 0:  # with compilation: the first stretch of steps is not counted
-            yield {"tasks": 0, "seconds": seconds, "accuracy": 0.0}
+        if not points:  # with compilation: the first stretch of steps is not counted
+            points.append({"tasks": 0, "seconds": seconds, "accuracy": 0.0})
             seconds = 0.0
-        elif reports % 2 == 0 or metrics["step"] == chosen.steps:
+        elif len(points) * 2 <= 100 * row["step"] // chosen.steps or row["step"] == chosen.steps:
             accuracy = float(judge(params, keys.test).mean[-1])
-            print(f"fomaml_jax {metrics['tasks']} tasks {seconds:.1f} s {accuracy:.3f}", flush=True)
-            yield {"tasks": metrics["tasks"], "seconds": seconds, "accuracy": accuracy}
+            print(f"fomaml_jax {row['tasks']} tasks {seconds:.1f} s {accuracy:.3f}", flush=True)
+            points.append({"tasks": row["tasks"], "seconds": seconds, "accuracy": accuracy})
         since = time.perf_counter()
+
+    experiment.training_of(chosen, problem, keys.train, on_report=follow)
+    return iter(points)
 
 
 def torch(chosen: options.ImageOptions, problem: problems.Problem, python: str) -> Iterator[Point]:

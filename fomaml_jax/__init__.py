@@ -19,6 +19,7 @@ from fomaml_jax.parallel import over_tasks
 from fomaml_jax.precision import compute_in
 from fomaml_jax.serial import serial_reptile
 from fomaml_jax.starts import prototype_head, starting_from
+from fomaml_jax.training import DivergedError, Trained, train
 from fomaml_jax.tuning import Plan, tune
 from fomaml_jax.types import (
     AdaptInfo,
@@ -37,6 +38,7 @@ __all__ = [
     "AdaptInfo",
     "Batch",
     "Diagnosis",
+    "DivergedError",
     "Evaluation",
     "KeyedTask",
     "LossFn",
@@ -50,6 +52,7 @@ __all__ = [
     "StepInfo",
     "Task",
     "TaskInfo",
+    "Trained",
     "WithRates",
     "WithState",
     "adapt",
@@ -75,6 +78,7 @@ __all__ = [
     "serial_reptile",
     "starting_from",
     "tasks",
+    "train",
     "tune",
     "uneven",
     "with_state",

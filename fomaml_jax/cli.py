@@ -5,9 +5,12 @@ import dataclasses
 import io
 import itertools
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -18,11 +21,13 @@ try:
 
     from fomaml_jax import experiment, options, problems, runs
     from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
-    from fomaml_jax.training import use_every_core
+    from fomaml_jax.checkpoints import CheckpointError
+    from fomaml_jax.devices import use_every_core
+    from fomaml_jax.training import DivergedError
 except ModuleNotFoundError as missing:
     sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
 
-REFUSED, INTERRUPTED = 2, 130
+REFUSED, DIVERGED, INTERRUPTED = 2, 3, 130
 
 STATISTICS = {
     TRANSDUCTIVE: "query batches normalised together (transductive)",
@@ -32,16 +37,19 @@ STATISTICS = {
 T = TypeVar("T")
 
 USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder] [options]
+       fomaml-jax train --resume RUN
        fomaml-jax evaluate RUN [options]
 
 Learns an initialisation from many small tasks, and adapts it to new ones from a few examples.
 
   train      meta-trains on a data set (glyphs, which needs no download, unless named), evaluates
-             on tasks never seen, and writes a folder of parameters, metrics, pictures and result
+             on tasks never seen, and writes a folder of parameters, metrics, pictures and result;
+             with --resume it goes on with a run that was stopped or killed, to the same numbers
   evaluate   adapts a trained run to unseen tasks again
 
 `fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.
-Exit codes: 0 done, 2 refused (one line says why), 130 interrupted (the run stays usable)."""
+Exit codes: 0 done, or terminated with everything saved; 2 refused (one line says why); 3 diverged
+(the parameters before that are saved); 130 interrupted (everything is saved)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,24 +104,107 @@ def _train(words: list[str]) -> None:
     if words[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return
-    name, rest = (words[0], words[1:]) if words and words[0][:1] != "-" else ("glyphs", words)
-    if name not in options.DATA_SETS:
+    words, resumed = _without_resume(words)
+    name, rest = (words[0], words[1:]) if words and words[0][:1] != "-" else (None, words)
+    if name is not None and name not in options.DATA_SETS:
         _stop(f"unknown data set {name!r}; there are {', '.join(options.DATA_SETS)}", REFUSED)
-    chosen = _parse(options.DATA_SETS[name], f"fomaml-jax train {name}", rest)
-    folder = chosen.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if resumed is None:
+        chosen, folder = _new_run(name or "glyphs", rest)
+    else:
+        chosen, folder = _run_to_resume(name, rest, resumed), resumed
+    if resumed is not None and (result := runs.finished(resumed)) is not None:
+        print(table(result))
+        print(f"\nThe run in {resumed} was finished before.")
+        return
     with _refusing():
         options.check(chosen)
-        runs.check_new(folder)
+        if resumed is None:
+            runs.check_new(folder, overwrite=chosen.overwrite)
         _keep_compiled_programs(chosen.compilation_cache)
         problem = problems.build(chosen)
-        runs.create(folder)
-    print(f"{name}, {chosen.setting}, into {folder}", file=sys.stderr)
+        if resumed is None:
+            runs.create(folder)
+    going = f"into {folder}" if resumed is None else f"resumed in {folder}"
+    print(f"{options.name_of(chosen)}, {chosen.setting}, {going}", file=sys.stderr)
+    resume_with = f"fomaml-jax train --resume {folder}"
     try:
-        result = experiment.train(chosen, problem, folder, say=_say)
-    except KeyboardInterrupt:
-        _stop(f"interrupted; {folder} holds the parameters so far", INTERRUPTED)
+        with _terminable(), _plain_warnings():
+            result = experiment.train(chosen, problem, folder, say=_say, resume=resumed is not None)
+    except experiment.StoppedError as stop:
+        code = INTERRUPTED if stop.why == "interrupted" else 0
+        _stop(f"{stop}; all steps are saved in {folder}, go on with: {resume_with}", code)
+    except DivergedError as error:
+        saved = f"{folder} holds the parameters before that"
+        _stop(f"{error}; {saved}", DIVERGED)
+    except (CheckpointError, OSError) as error:
+        _stop(" ".join(str(error).split()), REFUSED)
+    except (KeyboardInterrupt, _Terminated) as stop:  # while judging, all training being saved
+        code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else 0
+        _stop(
+            f"interrupted; {folder} holds the trained parameters, go on with: {resume_with}", code
+        )
     print(table(result))
     print(f"\nThe run is in {folder}: result.json, learning_curve.png and more.")
+
+
+def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:
+    chosen = _parse(options.DATA_SETS[name], f"fomaml-jax train {name}", words)
+    return chosen, chosen.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _run_to_resume(name: str | None, words: list[str], folder: Path) -> options.Options:
+    """The options of a run, which those on the command line may only repeat."""
+    with _refusing():
+        saved = options.from_json(runs.read_config(folder))
+        found = options.name_of(saved)
+        if name not in (None, found):
+            raise ValueError(f"{folder} is a run of {found}, not of {name}")
+    chosen = _parse(type(saved), f"fomaml-jax train {found}", words, default=saved)
+    with _refusing():
+        options.check_resumed(saved, chosen)
+    return chosen
+
+
+def _without_resume(words: list[str]) -> tuple[list[str], Path | None]:
+    """The words but for `--resume RUN`, and the run."""
+    for i, word in enumerate(words):
+        if word == "--resume":
+            if i + 1 == len(words):
+                _stop("--resume needs the folder of a run", REFUSED)
+            return words[:i] + words[i + 2 :], Path(words[i + 1])
+        if word.startswith("--resume="):
+            return words[:i] + words[i + 1 :], Path(word.removeprefix("--resume="))
+    return words, None
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Shows a warning as a line, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *args, **kwargs: _say(f"fomaml-jax: {message}")
+        yield
+
+
+class _Terminated(BaseException):
+    """SIGTERM, outside of training."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end what is not training by an exception, so that files are left whole."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _evaluate(words: list[str]) -> None:
@@ -164,12 +255,13 @@ def _after(steps: int) -> str:
     return f"after {steps} step{'s' * (steps > 1)}" if steps else "before adaptation"
 
 
-def _parse(kind: Callable[..., T], program: str, words: list[str]) -> T:
+def _parse(kind: Callable[..., T], program: str, words: list[str], default: T | None = None) -> T:
     """Reads the options; what the parser has to say against them becomes one line."""
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=program, args=words)
+            return tyro.cli(kind, prog=program, args=words, **defaults)
     except SystemExit as stop:
         if stop.code:
             _stop(f"{_first_sentence(said.getvalue())} (see {program} --help)", REFUSED)

@@ -1,23 +1,27 @@
 """One run, from its options to a folder with parameters, metrics, pictures and result."""
 
-import collections
 import contextlib
 import dataclasses
+import json
 import platform
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
-from fomaml_jax import baselines, options, pictures, problems, runs
+from fomaml_jax import baselines, options, pictures, problems, runs, training
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
+from fomaml_jax.devices import mesh_for, sampled_learner, tune_sampled
 from fomaml_jax.evaluation import Evaluation
+from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.problems import Problem
-from fomaml_jax.training import meta_train, tune_training
-from fomaml_jax.types import Params
+from fomaml_jax.tasks import TaskDistribution
+from fomaml_jax.training import DivergedError, Trained
+from fomaml_jax.types import MetaGradient, Params
+from fomaml_jax.variants import variants_of
 
 VALIDATIONS = 20
 """How often training is followed on validation tasks."""
@@ -40,11 +44,26 @@ class Keys:
         return cls(*jax.random.split(jax.random.key(seed), 3))
 
 
+class StoppedError(Exception):
+    """Training was asked to stop, and can be resumed.
+
+    Attributes:
+        why: "interrupted" or "terminated".
+        step: outer steps that were taken and saved.
+    """
+
+    def __init__(self, why: str, step: int) -> None:
+        super().__init__(f"{why} after step {step}")
+        self.why, self.step = why, step
+
+
 def train(
     chosen: options.Options,
     problem: Problem,
     folder: Path,
     say: Callable[[str], None] = lambda text: None,
+    *,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Meta-trains, evaluates on unseen tasks, and fills the run's folder.
 
@@ -53,24 +72,32 @@ def train(
         problem: what they describe.
         folder: where the run goes.
         say: is given what a person who waits may want to read.
+        resume: whether to go on with the run that is in the folder.
 
     Returns:
         What `result.json` holds.
 
     Raises:
-        KeyboardInterrupt: when interrupted; the folder then holds the parameters so far.
+        StoppedError: when interrupted or terminated while training; all steps are saved.
+        DivergedError: where too many tasks are left out for too long; the parameters before that
+            are saved.
+        ValueError: for a run that cannot be resumed.
     """
     keys = Keys.of(chosen.seed)
-    runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
-    runs.save_parameters(folder, problem.params)
-    tuned = _tuned(chosen, problem, folder, keys, say) if chosen.tune else problem
-    started = time.monotonic()
-    params = _meta_train(chosen, tuned, folder, keys)
-    seconds = time.monotonic() - started
+    if not resume:
+        runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
+        runs.save_parameters(folder, problem.params)
+    tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
+    trained = _meta_train(chosen, tuned, folder, keys, resume)
+    params = trained.state.params if chosen.patience is None else trained.best
+    runs.save_parameters(folder, params)
+    if trained.stopped in ("interrupted", "terminated"):
+        raise StoppedError(trained.stopped, int(trained.state.step))
     result = evaluate(chosen, problem, params) | {
         "baselines": _compare(chosen, problem, keys) if chosen.compare else {},
-        "tasks_seen": chosen.steps * chosen.tasks_per_step,
-        "seconds": round(seconds, 1),
+        "stopped": trained.stopped,
+        "tasks_seen": int(trained.state.step) * chosen.tasks_per_step,
+        "seconds": round(trained.seconds, 1),
         "config": options.to_json(chosen),
         "versions": versions(),
     }
@@ -128,35 +155,48 @@ def last(judged: Evaluation) -> dict[str, float]:
     return {"mean": float(judged.mean[-1]), "ci95": float(judged.ci95[-1])}
 
 
-def _meta_train(chosen: options.Options, problem: Problem, folder: Path, keys: Keys) -> Params:
+def _meta_train(
+    chosen: options.Options, problem: Problem, folder: Path, keys: Keys, resume: bool
+) -> Trained:
     """First-order meta-training, followed on validation tasks, its parameters saved on the way."""
-    validate = problems.judge_of(
+    judge = problems.judge_of(
         problem,
         problem.validation,
         num_steps=chosen.adaptation_steps,
         num_tasks=VALIDATION_TASKS,
     )
-    training = training_of(chosen, problem, keys.train)
-    params, validations = problem.params, 0
-    try:
-        with contextlib.closing(training):  # and its progress bar, before anything else is said
-            for params, row in training:
-                due = row["step"] * VALIDATIONS // chosen.steps
-                if due > validations:
-                    validations = due
-                    row["validation"] = float(validate(params, keys.validation).mean[-1])
-                    runs.save_parameters(folder, params)
-                runs.append_metrics(folder, row)
-    finally:
-        runs.save_parameters(folder, params)
-    return params
+
+    def follow(row: dict[str, Any], params: Params) -> None:
+        if "validation" in row:
+            runs.save_parameters(folder, params)
+        if board is not None:
+            for name in sorted(row.keys() - {"step"}):
+                board.add_scalar(name, row[name], row["step"])
+
+    with contextlib.ExitStack() as stack:
+        board = stack.enter_context(_tensorboard(folder)) if chosen.tensorboard else None
+        try:
+            return training_of(
+                chosen,
+                problem,
+                keys.train,
+                validate=lambda params: judge(params, keys.validation).mean[-1],
+                validate_every=-(-chosen.steps // VALIDATIONS),
+                on_report=follow,
+                folder=folder,
+                resume=resume,
+            )
+        except DivergedError as error:
+            runs.save_parameters(folder, error.trained.state.params)
+            raise
 
 
 def training_of(
-    chosen: options.Options, problem: Problem, key: jax.Array
-) -> Generator[tuple[Params, dict[str, Any]], None, None]:
-    """`meta_train` as the options have it."""
-    return meta_train(
+    chosen: options.Options, problem: Problem, key: jax.Array, **follow: Any
+) -> Trained:
+    """`train` as the options have it."""
+    minutes = chosen.minutes
+    return train_learner(
         problem.meta_gradient,
         problem.train,
         problem.params,
@@ -165,7 +205,46 @@ def training_of(
         steps=chosen.steps,
         tasks_per_step=chosen.tasks_per_step,
         tasks_at_once=problem.tasks_at_once,
+        seconds=None if minutes is None else 60 * minutes,
+        patience=chosen.patience,
+        lower_is_better=problem.metric != "accuracy",
+        max_left_out=chosen.max_left_out,
+        checkpoint_every=options.checkpoint_interval(chosen.checkpoint_every),
+        **follow,
     )
+
+
+def train_learner(
+    meta_gradient: MetaGradient,
+    tasks: TaskDistribution,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    tasks_per_step: int,
+    tasks_at_once: TasksAtOnce,
+    **options: Any,
+) -> Trained:
+    """`train` with the tasks of a step shared out among this process's devices."""
+    mesh = mesh_for(tasks_per_step)
+    learner = sampled_learner(
+        meta_gradient, tasks, optimizer, mesh=mesh, tasks_at_once=tasks_at_once
+    )
+    return training.train(
+        learner,
+        params,
+        lambda key: key,
+        key,
+        tasks_per_step=tasks_per_step,
+        mesh=mesh,
+        **options,
+    )
+
+
+def _tensorboard(folder: Path) -> Any:
+    from tensorboardX import SummaryWriter  # an extra, whose absence the options refuse
+
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _tuned(
@@ -174,9 +253,20 @@ def _tuned(
     folder: Path,
     keys: Keys,
     say: Callable[[str], None],
+    resume: bool,
 ) -> Problem:
-    """The problem with its training step in the form, and as many tasks at once, as is fastest."""
-    plan = tune_training(
+    """The problem with its training step in the form, and as many tasks at once, as is fastest.
+
+    A run that is resumed keeps what was chosen for it: another form rounds differently.
+    """
+    if resume and (folder / runs.PLAN).is_file():
+        saved = json.loads((folder / runs.PLAN).read_text())
+        return dataclasses.replace(
+            problem,
+            meta_gradient=variants_of(problem.meta_gradient)[saved["variant"]],
+            tasks_at_once=saved["tasks_at_once"],
+        )
+    plan = tune_sampled(
         problem.meta_gradient,
         problem.train,
         problem.params,
@@ -202,8 +292,10 @@ def _compare(chosen: options.Options, problem: Problem, keys: Keys) -> dict[str,
     """The baselines, judged on the same unseen tasks."""
 
     def fit(meta_gradient, tasks, params, optimizer, **kwargs) -> Params:
-        trained = meta_train(meta_gradient, tasks, params, optimizer, keys.train, **kwargs)
-        return collections.deque(trained, maxlen=1)[0][0]
+        args = (meta_gradient, tasks, params, optimizer, keys.train)
+        # A baseline that diverges is a result, and one that is interrupted is not.
+        trained = train_learner(*args, max_left_out=1.0, stop_on_signals=False, **kwargs)
+        return trained.state.params
 
     compared = {}
     if isinstance(chosen, options.ImageOptions):

@@ -1,8 +1,11 @@
 """What `fomaml-jax train` can be asked: one dataclass a data set, every field an option."""
 
 import dataclasses
+import datetime
+import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +44,22 @@ class Options:
     """Folder of the run, new or empty; runs/<data>-<time> unless given."""
     compare: bool = True
     """Also train and print the baselines."""
+    minutes: float | None = None
+    """Training ends after so many minutes, if its steps are not done by then."""
+    patience: int | None = None
+    """Training ends after so many validations without an improvement (there are 20 in all); the
+    best parameters are then the result."""
+    checkpoint_every: str = "2min"
+    """Steps (a number), or time (30s, 5min, 1h), between two checkpoints."""
+    max_left_out: float = 0.5
+    """A run has diverged if it leaves out more than this share of the tasks, as not finite, for ten
+    steps in a row."""
+    apply_if_finite: int | None = None
+    """Outer steps with a gradient that is not finite are skipped, up to so many in a row."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard into the run's folder (needs tensorboardX)."""
+    overwrite: bool = False
+    """Replace the run that is in the folder."""
     tune: bool = False
     """Measure the ways to run a step on this machine first, and train with the fastest."""
     compilation_cache: Path | None = None
@@ -90,6 +109,8 @@ class ImageOptions(Options):
     """Channels of the four convolutions."""
     pooling: Literal["stride", "max"] = "stride"
     """How a block halves the picture."""
+    inner_clip: float | None = None
+    """Largest norm of an inner gradient, all layers together; no bound unless given."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in while training; parameters, sums and evaluation stay float32.
     bfloat16 is faster on TPU and recent GPUs, not on CPU."""
@@ -185,6 +206,48 @@ def check(options: Options) -> None:
                 raise ValueError(f"{option} must be at most {MOST}, got {value}")
         elif isinstance(value, float) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{option} must be a finite number above 0, got {value}")
+    if options.max_left_out > 1:
+        raise ValueError(f"--max-left-out must be at most 1, got {options.max_left_out}")
+    checkpoint_interval(options.checkpoint_every)
+    if options.tensorboard and not importlib.util.find_spec("tensorboardX"):
+        raise ValueError('--tensorboard needs tensorboardX: pip install "fomaml-jax[tensorboard]"')
+
+
+def checkpoint_interval(text: str) -> int | datetime.timedelta:
+    """Steps, or time.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = re.fullmatch(r"(\d{1,9})(s|min|h|)", text)
+    if not found or int(found[1]) == 0:
+        raise ValueError(
+            "--checkpoint-every must be steps (a number above 0) or time (30s, 5min, 1h), got "
+            f"{text!r}"
+        )
+    count, unit = int(found[1]), found[2]
+    seconds = {"s": 1, "min": 60, "h": 3600}
+    return datetime.timedelta(seconds=count * seconds[unit]) if unit else count
+
+
+FREE = ("path", "compilation_cache", "compare", "checkpoint_every", "minutes", "out", "overwrite")
+"""Options that may differ when a run is resumed: they do not change what it learns."""
+
+
+def check_resumed(saved: Options, now: Options) -> None:
+    """Refuses to go on with a run under other options.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    for field in dataclasses.fields(saved):
+        before, after = (getattr(one, field.name) for one in (saved, now))
+        if before != after and field.name not in FREE:
+            option = "--" + field.name.replace("_", "-")
+            raise ValueError(
+                f"{option}: the run was started with {before}, got {after}; leave it out to resume "
+                "the run, or start another"
+            )
 
 
 def to_json(options: Options) -> dict[str, Any]:
@@ -203,11 +266,13 @@ def from_json(config: dict[str, Any]) -> Options:
     kind = DATA_SETS.get(config.pop("dataset", ""))
     if kind is None:
         raise ValueError(f"the configuration names none of the data sets {', '.join(DATA_SETS)}")
-    fields = {f.name for f in dataclasses.fields(kind)}
-    if set(config) != fields:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    # Options that are younger than the run have their default, which is what was done before.
+    needed = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
+    strange = (set(config) - set(fields)) | (needed - set(config))
+    if strange:
         raise ValueError(
-            "the configuration's options differ from this version's: "
-            f"{', '.join(sorted(set(config) ^ fields))}"
+            "the configuration's options differ from this version's: " + ", ".join(sorted(strange))
         )
     paths: dict[str, Any] = {
         n: Path(config[n]) for n in ("path", "out", "compilation_cache") if config.get(n)

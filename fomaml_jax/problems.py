@@ -92,9 +92,14 @@ def build(chosen: options.Options) -> Problem:
     """
     options.check(chosen)
     if isinstance(chosen, options.Sinusoid):
-        return _regression(chosen)
-    assert isinstance(chosen, options.ImageOptions)
-    return _classification(chosen, _load(chosen))
+        problem = _regression(chosen)
+    else:
+        assert isinstance(chosen, options.ImageOptions)
+        problem = _classification(chosen, _load(chosen))
+    if chosen.apply_if_finite is None:
+        return problem
+    outer, most = problem.outer, chosen.apply_if_finite
+    return dataclasses.replace(problem, outer=lambda n: optax.apply_if_finite(outer(n), most))
 
 
 def adapt_path(problem: Problem, num_steps: int) -> Callable[[Params, Batch], Params]:
@@ -250,7 +255,10 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     loss_fn = cross_entropy(predict)
 
     def inner(ways: int) -> optax.GradientTransformation:
-        return inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
+        descent = inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
+        if chosen.inner_clip is None:
+            return descent
+        return optax.chain(optax.clip_by_global_norm(chosen.inner_clip), descent)
 
     network_in_bits = compute_in(jnp.dtype(chosen.compute), native_predictor(chosen))
     in_training = one_at_a_time(network_in_bits, queries_at_once=QUERIES_AT_ONCE)

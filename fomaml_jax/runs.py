@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,14 @@ PLAN = "plan.json"
 RESULT = "result.json"
 
 
-def check_new(folder: Path) -> None:
-    """Refuses a folder that holds something already.
+def check_new(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuses a folder that holds something already; with `overwrite`, something else than a run.
 
     Raises:
         ValueError: naming the folder.
     """
+    if overwrite and (folder / CONFIG).is_file():
+        return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
     if folder.is_dir() and any(folder.iterdir()):
@@ -36,12 +39,14 @@ def check_new(folder: Path) -> None:
 
 
 def create(folder: Path) -> None:
-    """Makes the folder of a new run.
+    """Makes the folder of a new run, in the place of a run that `check_new` let pass.
 
     Raises:
         ValueError: where it cannot be written.
     """
     try:
+        if (folder / CONFIG).is_file():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -72,6 +77,18 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(_without_nan(row)) + "\n")
 
 
+def cut_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Takes away the rows after a step, which is to be taken again; returns those that stay."""
+    path = folder / METRICS
+    # The last line of a process that died may be half a line.
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    kept = [row for row in rows if row["step"] <= step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
 def _without_nan(value: Any) -> Any:
     """The value with null for the numbers that JSON has no word for."""
     if isinstance(value, dict):
@@ -79,6 +96,15 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a run that has no more steps to take, if it is that."""
+    try:
+        result = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    return result if result.get("stopped") in ("finished", "no improvement") else None
 
 
 def save_parameters(folder: Path, params: Params) -> None:

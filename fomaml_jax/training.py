@@ -1,171 +1,500 @@
-"""The outer loop: meta-steps compiled together, with progress and metrics at fixed intervals."""
+"""The outer loop: steps compiled together, followed, saved, and resumed where they stopped."""
 
-import contextlib
+import dataclasses
+import datetime
 import functools
-import os
-import sys
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fomaml_jax.learner import MetaLearner, MetaState, meta_learner
-from fomaml_jax.parallel import TasksAtOnce, over_tasks
-from fomaml_jax.tasks import TaskDistribution, task_keys
-from fomaml_jax.tuning import Plan, tune
-from fomaml_jax.types import MetaGradient, Params
-from fomaml_jax.variants import in_every_form, variants_of
+from fomaml_jax import checkpoints, refusals, runs, signals
+from fomaml_jax.checkpoints import Checkpoint, CheckpointError
+from fomaml_jax.learner import MetaLearner, MetaState
+from fomaml_jax.progress import progress
+from fomaml_jax.tasks import task_keys
+from fomaml_jax.types import Params
+
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints in a run's folder."""
+
+CALL_SECONDS = 1.0
+"""How long one compiled call should take: as often can a run be followed, saved and stopped."""
+
+DIVERGED_STEPS = 10
+"""After so many steps in a row that left out too many tasks, a run has diverged."""
+
+Why = Literal["finished", "out of time", "no improvement", "stopped", "interrupted", "terminated"]
 
 
-class Report(NamedTuple):
-    """What happened since the last report.
+class Trained(NamedTuple):
+    """What training came to.
 
     Attributes:
-        loss: the mean over steps of the mean query loss over finite tasks.
-        grad_norm: the mean norm of the meta-gradient.
-        left_out: how many tasks were not finite.
+        state: the learner's state after the last step.
+        best: the parameters with the best score, and the last ones where nothing was scored.
+        best_score: theirs; `None` without `validate`.
+        metrics: a row for every report, as in the metrics file.
+        stopped: why it ended: "finished", "out of time", "no improvement" (for `patience`
+            scores), "stopped" (by `on_report`), "interrupted" (Ctrl-C) or "terminated" (SIGTERM).
+        seconds: in training, earlier parts of a resumed run included.
     """
 
+    state: MetaState
+    best: Params
+    best_score: float | None
+    metrics: list[dict[str, Any]]
+    stopped: Why
+    seconds: float
+
+
+class DivergedError(RuntimeError):
+    """Too many tasks were left out for too many steps.
+
+    Attributes:
+        trained: what there was before that.
+    """
+
+    def __init__(self, message: str, trained: Trained) -> None:
+        super().__init__(message)
+        self.trained = trained
+
+
+def train(
+    learner: MetaLearner,
+    params: Params,
+    sample_task: Callable[[jax.Array], Any],
+    key: jax.Array,
+    *,
+    tasks_per_step: int,
+    steps: int | None = None,
+    tasks: int | None = None,
+    seconds: float | None = None,
+    validate: Callable[[Params], Any] | None = None,
+    validate_every: int | None = None,
+    lower_is_better: bool = False,
+    patience: int | None = None,
+    report_every: int | None = None,
+    on_report: Callable[[dict[str, Any], Params], Any] | None = None,
+    folder: Path | str | None = None,
+    checkpoint_every: int | datetime.timedelta = datetime.timedelta(minutes=2),
+    resume: bool = False,
+    max_left_out: float = 0.5,
+    mesh: Mesh | None = None,
+    name: str | None = "meta-training",
+    stop_on_signals: bool = True,
+) -> Trained:
+    """Trains a learner on a task distribution: followed, saved, and resumed to the same numbers.
+
+    Task `i` of step `n` is `sample_task` of a key that is a function of `(key, n, i)` alone, so a
+    run that was killed and resumed ends, bit for bit, where it would have ended; on another number
+    of devices it sees the same tasks and ends there up to the order of summation.
+
+    Ctrl-C and SIGTERM end the loop after the step at hand, with everything saved: `Trained.stopped`
+    says so. A second Ctrl-C raises `KeyboardInterrupt` at once.
+
+    A `folder` holds `metrics.jsonl`, a JSON object a report, and `checkpoints/`, of which the two
+    newest are kept. A checkpoint is the learner's state, the best parameters and score, the count
+    towards `patience`, the seconds, and the sums of the report under way.
+
+    Args:
+        learner: any `MetaLearner`; its `step` is compiled here.
+        params: what `learner.init` takes.
+        sample_task: the task distribution, `key -> Task`. Where it is composed into the
+            meta-gradient, so that memory does not grow with the number of tasks, `lambda key: key`.
+        key: a PRNG key; not consumed, only folded.
+        tasks_per_step: tasks in a meta-batch.
+        steps: outer steps. Give this, `tasks`, `seconds`, or any of them: the first to be reached
+            ends the run.
+        tasks: a budget of training tasks.
+        seconds: a budget of time, earlier parts of a resumed run included.
+        validate: `params -> score`, a number; compile it yourself.
+        validate_every: steps between two scores; a twentieth of all steps unless given. The last
+            step has one too.
+        lower_is_better: whether a score is an error.
+        patience: ends the run after so many scores without an improvement.
+        report_every: steps between two reports; a hundredth of all, at most 500, unless given.
+        on_report: is given each row of metrics and the parameters, which it may keep; what is true
+            of its result ends the run. Rows have `step`, `tasks`, `loss` (the mean query loss since
+            the last report), `grad_norm` (mean), `left_out` (tasks that were not finite) and, where
+            there is one, `validation`.
+        folder: where metrics and checkpoints go; nothing is written unless given.
+        checkpoint_every: steps or time between two checkpoints.
+        resume: goes on from the newest intact checkpoint in `folder`, from the start if there is
+            none.
+        max_left_out: a run in which more than this share of the tasks of each of ten steps in a row
+            is not finite has diverged.
+        mesh: the one that the meta-gradient was given, if any.
+        name: what the progress is called; `None` shows none.
+        stop_on_signals: whether to heed Ctrl-C and SIGTERM as above.
+
+    Returns:
+        A `Trained`.
+
+    Raises:
+        ValueError: for no budget, numbers below one, a folder with a run in it (without `resume`),
+            a checkpoint of another problem, key or meta-batch, or where all are damaged.
+        DivergedError: where a run has diverged; it holds what there was before.
+
+    Warns:
+        UserWarning: for every damaged checkpoint that was left out.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, fomaml_jax as fj
+        >>> sample_task = fj.tasks.sinusoid(shots=5, queries=10)
+        >>> net = fj.models.mlp()
+        >>> loss = lambda params, batch: jnp.mean((net.apply(params, batch[0]) - batch[1]) ** 2)
+        >>> learner = fj.meta_learner(
+        ...     fj.over_tasks(fj.fomaml(loss, optax.sgd(0.01), 1)), optax.sgd(1e-3))
+        >>> params = net.init(jax.random.key(0), jnp.zeros((1, 1)))
+        >>> trained = fj.train(learner, params, sample_task, jax.random.key(1),
+        ...     tasks_per_step=4, steps=20, report_every=10, name=None)
+        >>> trained.stopped, [row["step"] for row in trained.metrics]
+        ('finished', [10, 20])
+    """
+    plan = _planned(
+        tasks_per_step=tasks_per_step,
+        steps=steps,
+        tasks=tasks,
+        seconds=seconds,
+        validates=validate is not None,
+        validate_every=validate_every,
+        patience=patience,
+        report_every=report_every,
+        checkpoint_every=checkpoint_every,
+        max_left_out=max_left_out,
+    )
+    place = None if folder is None else Path(folder)
+    run = _Run(_start(learner.init(params)), scored=validate is not None)
+    identity = {"key": _key_numbers(key), "tasks_per_step": tasks_per_step}
+    if place is not None:
+        run.open(place, identity, resume)
+    run.carry = _placed(run.carry, mesh)
+    advance = _compiled(learner, sample_task, key, tasks_per_step, max_left_out)
+    total = None if plan.steps is None else plan.steps * tasks_per_step
+    began, last_saved = time.monotonic() - run.seconds, time.monotonic()
+    good, stride, told = run.copied(), 1, None
+    with (
+        signals.noticed(stop_on_signals) as asked,
+        progress(name, total, "tasks", run.step * tasks_per_step) as tell,
+    ):
+        while (why := plan.over(run) or asked.to or told) is None:
+            called = time.monotonic()
+            until = min(run.step + stride, plan.next_event(run.step))
+            run.carry = jax.block_until_ready(advance(run.carry, until, run.reported))
+            stride = _next_stride(stride, time.monotonic() - called)
+            if run.streak >= DIVERGED_STEPS:
+                raise DivergedError(_advice(run.step, max_left_out), good.trained("stopped"))
+            if plan.reports(run.step):
+                row = run.report(tasks_per_step)
+                if validate is not None and plan.scores(run.step):
+                    run.score(float(validate(run.params)), lower_is_better)
+                if place is not None:
+                    runs.append_metrics(place, row)
+                if on_report is not None and on_report(row, run.copied().params):
+                    told = "stopped"
+            run.seconds = time.monotonic() - began
+            good = run.copied() if run.streak == 0 else good
+            tell(run.step * tasks_per_step, run.note())
+            if place is not None and plan.saves(run.step, time.monotonic() - last_saved):
+                run.save(place, identity)
+                last_saved = time.monotonic()
+        if place is not None:
+            run.save(place, identity)
+    return run.trained(why)
+
+
+class _Carry(NamedTuple):
+    """What goes from step to step: the learner's state, and sums since the last report."""
+
+    meta: MetaState
+    step: jax.Array
     loss: jax.Array
     grad_norm: jax.Array
     left_out: jax.Array
+    streak: jax.Array
+    """Steps in a row, up to now, that left out too many tasks."""
 
 
-def meta_train(
-    meta_gradient: MetaGradient,
-    tasks: TaskDistribution,
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    key: jax.Array,
-    *,
-    steps: int,
-    tasks_per_step: int,
-    tasks_at_once: TasksAtOnce = "auto",
-    name: str = "meta-training",
-) -> Generator[tuple[Params, dict[str, Any]], None, None]:
-    """Trains on a task distribution under a progress bar.
-
-    The tasks are shared out among this process's devices, as many as divide `tasks_per_step`. They
-    are sampled inside the compiled step, one as it is needed, so memory does not grow with
-    `tasks_per_step`. Task `i` of step `n` is a function of `(key, n, i)` alone.
-
-    Args:
-        meta_gradient: `(params, task) -> (grads, TaskInfo)` for one task.
-        tasks: the distribution to train on.
-        params: where training starts.
-        optimizer: the outer optimizer.
-        key: a PRNG key; not consumed, only folded.
-        steps: outer steps.
-        tasks_per_step: tasks in a meta-batch.
-        tasks_at_once: as in `over_tasks`.
-        name: what the progress bar calls it.
-
-    Yields:
-        About a hundred times: the parameters, and a row of metrics on the steps since the last:
-        `step`, `tasks`, `loss`, `grad_norm`, `left_out`. The caller may stop at any of them.
-    """
-    mesh = mesh_for(tasks_per_step)
-    sampled = _sampled(tasks)(meta_gradient)
-    learner = meta_learner(over_tasks(sampled, tasks_at_once=tasks_at_once, mesh=mesh), optimizer)
-    report_every = max(1, min(steps // 100, 500))
-    left_out = 0
-    with _progress_bar(steps * tasks_per_step, name) as bar:
-        # Placed as it will come back, so that the second call does not compile again; copied,
-        # because every call takes the buffers of its state for the next one.
-        state = jax.tree.map(jnp.copy, learner.init(params))
-        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-        stretches = _stretches(learner, state, key, steps, tasks_per_step, report_every)
-        for state, report in stretches:
-            left_out += int(report.left_out)
-            row = {"step": int(state.step), "tasks": int(state.step) * tasks_per_step}
-            row |= {"loss": float(report.loss), "grad_norm": float(report.grad_norm)}
-            row |= {"left_out": int(report.left_out)}
-            note = f", {left_out} tasks left out" if left_out else ""
-            bar.set_postfix_str(f"loss {row['loss']:.3f}{note}", refresh=False)
-            bar.update(row["tasks"] - bar.n)
-            yield jax.tree.map(jnp.copy, state.params), row
+def _start(meta: MetaState) -> _Carry:
+    none = jnp.zeros((), jnp.int32)
+    return _Carry(meta, none, jnp.zeros(()), jnp.zeros(()), none, none)
 
 
-def tune_training(
-    meta_gradient: MetaGradient,
-    tasks: TaskDistribution,
-    params: Params,
-    key: jax.Array,
-    *,
-    tasks_per_step: int,
-) -> Plan:
-    """Measures how `meta_train` had best run a step, sampling included.
-
-    Returns:
-        A `Plan` whose per-task function and tasks at once `meta_train` takes.
-    """
-    sampled = in_every_form(meta_gradient, _sampled(tasks))
-    keys = task_keys(key, 0, tasks_per_step)
-    plan = tune(sampled, params, keys, mesh=mesh_for(tasks_per_step))
-    return plan._replace(meta_gradient=variants_of(meta_gradient)[plan.variant])
-
-
-def _sampled(tasks: TaskDistribution) -> Callable[[MetaGradient], MetaGradient]:
-    """Lets a per-task function take keys in the place of tasks."""
-
-    def wrap(meta_gradient: MetaGradient) -> MetaGradient:
-        return lambda params, key: meta_gradient(params, tasks(key))
-
-    return wrap
-
-
-def use_every_core() -> None:
-    """One CPU device a core, before JAX starts: a scan over small tasks keeps but one busy."""
-    with contextlib.suppress(RuntimeError):  # JAX has started, and keeps the devices it has
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-
-
-def mesh_for(num_tasks: int) -> Mesh:
-    """As many of this process's devices as divide the tasks evenly."""
-    devices = jax.local_devices()
-    count = max(n for n in range(1, len(devices) + 1) if num_tasks % n == 0)
-    return jax.make_mesh((count,), ("tasks",), (AxisType.Auto,), devices=devices[:count])
-
-
-def _stretches(
+def _compiled(
     learner: MetaLearner,
-    state: MetaState,
+    sample_task: Callable[[jax.Array], Any],
     key: jax.Array,
-    steps: int,
     tasks_per_step: int,
-    report_every: int,
-) -> Iterator[tuple[MetaState, Report]]:
-    """Steps until `state.step == steps`, those between two reports in one compiled loop."""
+    max_left_out: float,
+) -> Callable[[_Carry, int, bool], _Carry]:
+    """`(carry, until, reported)`: steps until that many are done, or the run has diverged.
+
+    However many steps a call takes, the numbers are the same: the sums go from call to call.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def stretch(state: MetaState, num_steps: int) -> tuple[MetaState, Report]:
-        def body(_, carry):
-            state, total = carry
-            state, info = learner.step(state, task_keys(key, state.step, tasks_per_step))
-            seen = Report(info.loss, info.grad_norm, tasks_per_step - info.num_finite)
-            return state, jax.tree.map(lambda t, s: t + s.astype(t.dtype), total, seen)
+    def advance(carry: _Carry, until: int, reported: bool) -> _Carry:
+        sums = (carry.loss, carry.grad_norm, carry.left_out)
+        loss, grad_norm, left_out = (jnp.where(reported, jnp.zeros_like(x), x) for x in sums)
 
-        zero = Report(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
-        state, total = jax.lax.fori_loop(0, num_steps, body, (state, zero))
-        mean = total.loss / num_steps, total.grad_norm / num_steps
-        return state, Report(*mean, total.left_out)
+        def unfinished(carry: _Carry) -> jax.Array:
+            return (carry.step < until) & (carry.streak < DIVERGED_STEPS)
 
-    done = int(state.step)
-    while done < steps:
-        now = min(report_every - done % report_every, steps - done)
-        state, report = jax.block_until_ready(stretch(state, now))
-        done += now
-        yield state, report
+        def body(carry: _Carry) -> _Carry:
+            sampled = jax.vmap(sample_task)(task_keys(key, carry.step, tasks_per_step))
+            meta, info = learner.step(carry.meta, sampled)
+            left_out = tasks_per_step - info.num_finite
+            too_many = left_out > math.floor(max_left_out * tasks_per_step)
+            return _Carry(
+                meta,
+                carry.step + 1,
+                carry.loss + info.loss.astype(carry.loss.dtype),
+                carry.grad_norm + info.grad_norm.astype(carry.grad_norm.dtype),
+                carry.left_out + left_out,
+                jnp.where(too_many, carry.streak + 1, 0),
+            )
+
+        begin = carry._replace(loss=loss, grad_norm=grad_norm, left_out=left_out)
+        return jax.lax.while_loop(unfinished, body, begin)
+
+    return advance
 
 
-def _progress_bar(total: int, name: str) -> Any:
-    """Moves often in a terminal, and seldom in a log file."""
-    from tqdm import tqdm  # an extra: only the command line shows progress
+def _placed(carry: _Carry, mesh: Mesh | None) -> _Carry:
+    """A copy, because every call takes its buffers; where it will come back, to compile once."""
+    carry = jax.tree.map(jnp.copy, carry)
+    return carry if mesh is None else jax.device_put(carry, NamedSharding(mesh, PartitionSpec()))
 
-    seconds = 0.1 if sys.stderr.isatty() else 15.0
-    return tqdm(
-        total=total, desc=name, unit=" tasks", unit_scale=True, mininterval=seconds, ncols=100
+
+def _next_stride(stride: int, seconds: float) -> int:
+    """How many steps the next call should take, after one of `stride` that took so long."""
+    return max(1, min(10 * stride, int(stride * CALL_SECONDS / max(seconds, 1e-6))))
+
+
+@dataclasses.dataclass
+class _Run:
+    """All that has happened so far."""
+
+    carry: _Carry
+    scored: bool
+    last_report: int = 0
+    best: Params = None
+    best_score: float | None = None
+    since_best: int = 0
+    """Scores since the best."""
+    seconds: float = 0.0
+    left_out: int = 0
+    """Tasks left out up to the last report."""
+    saved: int | None = None
+    """The step of the last checkpoint."""
+    metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.scored and self.best is None:
+            self.best = jax.tree.map(jnp.copy, self.params)
+
+    @property
+    def params(self) -> Params:
+        return self.carry.meta.params
+
+    @property
+    def step(self) -> int:
+        return int(self.carry.step)
+
+    @property
+    def streak(self) -> int:
+        return int(self.carry.streak)
+
+    @property
+    def reported(self) -> bool:
+        """Whether the sums have been reported, and start again."""
+        return self.step == self.last_report
+
+    def copied(self) -> "_Run":
+        """This moment, which the next call does not take away."""
+        kept = jax.tree.map(jnp.copy, self.carry)
+        return dataclasses.replace(self, carry=kept, metrics=list(self.metrics))
+
+    def report(self, tasks_per_step: int) -> dict[str, Any]:
+        """Adds a row on the steps since the last."""
+        count, left_out = self.step - self.last_report, int(self.carry.left_out)
+        row = {"step": self.step, "tasks": self.step * tasks_per_step}
+        row |= {"loss": float(self.carry.loss) / count}
+        row |= {"grad_norm": float(self.carry.grad_norm) / count, "left_out": left_out}
+        self.left_out += left_out
+        self.last_report = self.step
+        self.metrics.append(row)
+        return row
+
+    def score(self, score: float, lower_is_better: bool) -> None:
+        """Adds the score of the parameters to the last row, and keeps the best ones."""
+        self.metrics[-1]["validation"] = score
+        sign = -1 if lower_is_better else 1
+        if not math.isnan(score) and (
+            self.best_score is None or sign * score > sign * self.best_score
+        ):
+            self.best, self.best_score = jax.tree.map(jnp.copy, self.params), score
+            self.since_best = 0
+        else:
+            self.since_best += 1
+
+    def note(self) -> str:
+        """What to say beside the progress."""
+        loss = f"loss {self.metrics[-1]['loss']:.3f}" if self.metrics else ""
+        score = "" if self.best_score is None else f", best {self.best_score:.3f}"
+        return loss + score + (f", {self.left_out} tasks left out" if self.left_out else "")
+
+    def trained(self, why: Why) -> Trained:
+        """As the result."""
+        meta = self.carry.meta
+        best = meta.params if self.best_score is None else self.best
+        return Trained(meta, best, self.best_score, self.metrics, why, self.seconds)
+
+    def save(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Writes a checkpoint, if there is something new."""
+        if self.saved == self.step:
+            return
+        fields = ("last_report", "best_score", "since_best", "seconds", "left_out")
+        notes = {"identity": identity} | {name: getattr(self, name) for name in fields}
+        tree = {"carry": self.carry, "best": self.best}
+        checkpoints.save(folder / CHECKPOINTS, Checkpoint(self.step, tree, notes))
+        self.saved = self.step
+
+    def open(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
+        """Goes on from the newest checkpoint, or begins in an empty folder."""
+        if not resume:
+            if (folder / CHECKPOINTS).exists() or (folder / runs.METRICS).exists():
+                raise ValueError(
+                    f"{folder} holds a run; pass resume=True to go on with it, or another folder"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        like = {"carry": self.carry, "best": self.best}
+        found, damaged = checkpoints.newest(folder / CHECKPOINTS, like)
+        for line in damaged:
+            warnings.warn(line, stacklevel=3)
+        if found is not None:
+            notes = dict(found.notes)
+            _check_identity(folder, notes.pop("identity"), identity)
+            self.carry, self.best = found.tree["carry"], found.tree["best"]
+            for name, value in notes.items():
+                setattr(self, name, value)
+            # A damaged newer one would be taken for the newest again.
+            self.saved = None if damaged else found.step
+        self.metrics = runs.cut_metrics(folder, self.step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """When to do what, and when to stop."""
+
+    steps: int | None
+    seconds: float | None
+    patience: int | None
+    report_every: int
+    validate_every: int | None
+    checkpoint_every: int | datetime.timedelta
+
+    def over(self, run: _Run) -> Why | None:
+        """Why to stop now, if at all."""
+        if self.steps is not None and run.step >= self.steps:
+            return "finished"
+        if self.patience is not None and run.since_best >= self.patience:
+            return "no improvement"
+        if self.seconds is not None and run.seconds >= self.seconds:
+            return "out of time"
+        return None
+
+    def next_event(self, step: int) -> int:
+        """The step at which there is something to do again."""
+        intervals = (self.report_every, self.validate_every, self.checkpoint_every)
+        events = [step + n - step % n for n in intervals if isinstance(n, int)]
+        return min(events if self.steps is None else [*events, self.steps])
+
+    def scores(self, step: int) -> bool:
+        """Whether the parameters get a score."""
+        n = self.validate_every
+        return n is not None and (step % n == 0 or step == self.steps)
+
+    def reports(self, step: int) -> bool:
+        """Whether there is a row of metrics."""
+        return step % self.report_every == 0 or step == self.steps or self.scores(step)
+
+    def saves(self, step: int, seconds: float) -> bool:
+        """Whether there is a checkpoint, so many seconds after the last."""
+        every = self.checkpoint_every
+        if isinstance(every, datetime.timedelta):
+            return seconds >= every.total_seconds()
+        return step % every == 0
+
+
+def _planned(
+    *,
+    tasks_per_step: int,
+    steps: int | None,
+    tasks: int | None,
+    seconds: float | None,
+    validates: bool,
+    validate_every: int | None,
+    patience: int | None,
+    report_every: int | None,
+    checkpoint_every: int | datetime.timedelta,
+    max_left_out: float,
+) -> _Plan:
+    """The plan, with what was not said chosen."""
+    given = {"tasks_per_step": tasks_per_step, "steps": steps, "tasks": tasks}
+    given |= {"validate_every": validate_every, "patience": patience}
+    given |= {"report_every": report_every}
+    if not isinstance(checkpoint_every, datetime.timedelta):
+        given |= {"checkpoint_every": checkpoint_every}
+    for name, value in given.items():
+        if value is not None:
+            refusals.check_at_least(name, value, 1)
+    if steps is None and tasks is None and seconds is None:
+        raise ValueError("nothing ends this training; pass steps, tasks or seconds")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds}")
+    if not 0 <= max_left_out <= 1:
+        raise ValueError(f"max_left_out must be a share between 0 and 1, got {max_left_out}")
+    if patience is not None and not validates:
+        raise ValueError("patience counts scores; pass validate too")
+    budgets = [steps, None if tasks is None else -(-tasks // tasks_per_step)]
+    all_steps = min((n for n in budgets if n is not None), default=None)
+    in_all = all_steps or 20 * 500
+    return _Plan(
+        steps=all_steps,
+        seconds=seconds,
+        patience=patience,
+        report_every=report_every or max(1, min(in_all // 100, 500)),
+        validate_every=(validate_every or -(-in_all // 20)) if validates else None,
+        checkpoint_every=checkpoint_every,
+    )
+
+
+def _check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"the run in {folder} is another one: {name} was {saved.get(name)}, now {value}"
+            )
+
+
+def _key_numbers(key: jax.Array) -> list[int]:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(key) if typed else key).tolist()
+
+
+def _advice(step: int, max_left_out: float) -> str:
+    return (
+        f"training has diverged: in each of the {DIVERGED_STEPS} steps up to step {step}, more "
+        f"than {max_left_out:.0%} of the tasks had a loss or a gradient that is not finite; lower "
+        "the inner rate, clip the inner gradients, or lower the outer rate"
     )

@@ -16,6 +16,7 @@ SHORT = {
     "peers": ["--settings", "5w1s", "sinusoid", "--tasks", "2", "--repeats", "1"],
     "frameworks": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
     "memory": ["--steps", "1", "--tasks", "2"],
+    "kills": ["--data", "glyphs", "--kills", "3", "--steps", "300", "--width", "4"],
     "algorithm_costs": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
     "algorithms": [
         *("--data", "glyphs", "--steps", "5", "--ways", "3", "--eval-tasks", "2", "--width", "4"),

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +35,12 @@ RESULT_KEYS = {
     *("dataset", "ways", "shots", "metric", "mean", "ci95", "num_tasks", "transductive"),
     *("statistics", "otherwise"),
     *("inner_steps", "before_adaptation", "baselines", "tasks_seen", "seconds", "config"),
-    *("versions", "per_step"),
+    *("versions", "per_step", "stopped"),
 }
-FILES = {"config.json", "parameters.npz", "metrics.jsonl", "result.json", "learning_curve.png"}
+FILES = {
+    *("config.json", "parameters.npz", "metrics.jsonl", "checkpoints", "result.json"),
+    "learning_curve.png",
+}
 
 
 class SmallNetwork(nn.Module):
@@ -257,9 +261,9 @@ def test_the_parameters_that_are_saved_are_the_trained_ones(glyphs, sinusoid):
     assert has_moved(sinusoid.folder)
 
 
-def test_the_progress_bar_shows_loss_speed_and_time_left(sinusoid):
-    bar = sinusoid.err.splitlines()[-1].split("\r")[-1]
-    assert re.search(r"meta-training: 100%.* 6\.00/6\.00 \[\d\d:\d\d<.*tasks.*loss \d", bar)
+def test_the_progress_shows_loss_speed_and_time_left(sinusoid):
+    line = r"meta-training 100%: 6 of 6 tasks in \d+:\d\d, 0:00 left, .* tasks/s, loss \d"
+    assert re.search(line, sinusoid.err.splitlines()[-1])
 
 
 # The table.
@@ -366,7 +370,7 @@ def test_compare_adds_second_order_maml_and_joint_pretraining_to_sine_waves(tmp_
     joint = compared.result["baselines"][names[1]]
     assert joint["inner_rate_factor"] == 1
     for name in ("meta-training", "second-order MAML", "joint pre-training"):
-        assert f"{name}: 100%" in compared.err
+        assert f"{name} 100%" in compared.err
 
 
 def test_a_run_that_diverges_ends_with_valid_json(tmp_path):
@@ -416,27 +420,123 @@ def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_is_usable(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "VALIDATIONS", 1)  # what came after the last is kept as well
+def asked_to_stop(monkeypatch, number, step=2):
+    """Sends this process a signal when the metrics of a step are written."""
     append = runs.append_metrics
 
     def once(folder, row):
-        interrupt() if row["step"] == 2 else append(folder, row)
+        append(folder, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(runs, "append_metrics", once)
-    run = call("train", "sinusoid", *TINY, "--eval-steps", "2", "--out", tmp_path)
-    assert (run.code, run.out) == (130, "")
-    message = f"fomaml-jax: interrupted; {tmp_path} holds the parameters so far"
-    assert run.err.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_stopped_run_is_usable_and_resumed_to_the_same_result(
+    tmp_path, monkeypatch, sinusoid, number, code
+):
+    words = ("sinusoid", *TINY, "--eval-steps", "2")
+    with monkeypatch.context() as patch:
+        asked_to_stop(patch, number)
+        run = call("train", *words, "--out", tmp_path)
+    assert (run.code, run.out) == (code, "")
+    why = "interrupted" if code else "terminated"
+    assert run.err.splitlines()[-1] == (
+        f"fomaml-jax: {why} after step 2; all steps are saved in {tmp_path}, go on with: "
+        f"fomaml-jax train --resume {tmp_path}"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json",
-        "parameters.npz",
-        "metrics.jsonl",
+        *("config.json", "parameters.npz", "metrics.jsonl", "checkpoints")
     }
     assert has_moved(tmp_path)
     evaluated = call("evaluate", tmp_path, "--eval-tasks", "4")
     assert evaluated.code == 0
     assert len(rows_of(evaluated.out)) == 3
+
+    resumed = call("train", "--resume", tmp_path)
+    assert resumed.code == 0, resumed.err
+    assert rows_of(resumed.out) == rows_of(sinusoid.out)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    assert metrics == (sinusoid.folder / "metrics.jsonl").read_bytes()
+    again = call("train", "sinusoid", f"--resume={tmp_path}", "--steps", "3")
+    assert (again.code, rows_of(again.out)) == (0, rows_of(sinusoid.out))
+    assert again.out.endswith(f"The run in {tmp_path} was finished before.\n")
+
+
+def test_a_run_that_is_stopped_while_it_is_judged_goes_on_there(tmp_path, monkeypatch, sinusoid):
+    def terminate(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "evaluate", terminate)
+        run = call("train", "sinusoid", *TINY, "--eval-steps", "2", "--out", tmp_path)
+    assert (run.code, run.out) == (0, "")
+    assert f"{tmp_path} holds the trained parameters" in run.err
+    resumed = call("train", "--resume", tmp_path)
+    assert rows_of(resumed.out) == rows_of(sinusoid.out)
+
+
+def test_a_damaged_checkpoint_is_said_in_a_line(tmp_path, monkeypatch, sinusoid):
+    with monkeypatch.context() as patch:
+        asked_to_stop(patch, signal.SIGINT)
+        words = ("--eval-steps", "2", "--checkpoint-every", "1", "--out", tmp_path)
+        assert call("train", "sinusoid", *TINY, *words).code == 130
+    newest = tmp_path / "checkpoints" / "0000000002"
+    (newest / "manifest.json").write_text("")
+    before = shutil.copytree(tmp_path, tmp_path.with_name("before"))
+    resumed = call("train", "--resume", tmp_path)
+    assert f"fomaml-jax: the checkpoint {newest} is damaged and was left out" in resumed.err
+    assert rows_of(resumed.out) == rows_of(sinusoid.out)
+    for path in (before / "checkpoints").rglob("manifest.json"):
+        path.write_text("")
+    refused = call("train", "--resume", before)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.splitlines()[-1].startswith("fomaml-jax: no checkpoint can be read: ")
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, sinusoid):
+    folder = shutil.copytree(sinusoid.folder, tmp_path / "run")
+    (folder / "notes.txt").touch()
+    words = ("train", "sinusoid", *TINY, "--eval-steps", "2", "--overwrite", "--out")
+    assert call(*words, folder).code == 0
+    assert {path.name for path in folder.iterdir()} == FILES | {"adaptation.png"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    refused = call(*words, tmp_path / "mine")
+    assert refused.code == 2
+    assert "is not empty" in refused.err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_divergence_stops_with_advice(tmp_path):
+    wild = ["--inner-rate", "1e30", "--inner-clip", "1e30", "--steps", "100"]
+    run = call("train", "sinusoid", *TINY, *wild, "--out", tmp_path)
+    assert (run.code, run.out) == (3, "")
+    last = run.err.splitlines()[-1]
+    assert last.startswith("fomaml-jax: training has diverged: in each of the 10 steps up to step")
+    assert "clip the inner gradients" in last
+    assert last.endswith(f"{tmp_path} holds the parameters before that")
+    assert not has_moved(tmp_path)
+
+
+def test_patience_and_minutes(tmp_path):
+    run = trained(tmp_path / "a", "sinusoid", *TINY, "--minutes", "0.00001")
+    assert run.result["stopped"] == "out of time"
+    assert 0 < run.result["tasks_seen"] < 6
+    longer = call("train", "--resume", tmp_path / "a", "--minutes", "60")
+    assert longer.code == 0
+    assert json.loads((tmp_path / "a/result.json").read_text())["stopped"] == "finished"
+
+
+def test_options_of_the_optimizers(sinusoid, glyphs, tmp_path):
+    for name, words in {
+        "apply": ["--apply-if-finite", "5"],
+        "clip": ["--inner-clip", "1e-3"],
+    }.items():
+        run = trained(tmp_path / name, "glyphs", *SMALL_GLYPHS, "--no-compare", *words)
+        same = run.metrics == glyphs.metrics
+        assert same == (name == "apply")
 
 
 def test_interrupting_the_preparations_leaves_no_folder(tmp_path, monkeypatch):
@@ -545,6 +645,8 @@ def test_words_are_refused_in_one_plain_line(words, named, encoding, monkeypatch
 
 COUNT = "must be an integer of at least"
 RATE = "must be a finite number above 0, got"
+CHECKPOINTS = "--checkpoint-every must be steps (a number above 0) or time (30s, 5min, 1h), got"
+RESUMED = "leave it out to resume the run, or start another"
 IMAGES = "one folder a class with its images, or train/ and test/ with such folders"
 ARCHIVES = (
     "a folder with Omniglot's images_background.zip and images_evaluation.zip, or both unpacked"
@@ -576,6 +678,16 @@ REFUSED = {
     "train glyphs --out file": "file is a file; pass --out with a folder, new or empty",
     "train glyphs --out full": "full is not empty; pass --out with a folder, new or empty",
     "train sinusoid --out file/run": "cannot write a run to file/run: Not a directory",
+    "train glyphs --max-left-out 2": "--max-left-out must be at most 1, got 2.0",
+    "train glyphs --minutes 0": f"--minutes {RATE} 0.0",
+    "train glyphs --checkpoint-every 0": f"{CHECKPOINTS} '0'",
+    "train glyphs --checkpoint-every 5days": f"{CHECKPOINTS} '5days'",
+    "train glyphs --checkpoint-every -3s": f"{CHECKPOINTS} '-3s'",
+    "train --resume": "--resume needs the folder of a run",
+    "train --resume nowhere": "nowhere is not a run: it has no config.json",
+    "train omniglot --resume run": "run is a run of glyphs, not of omniglot",
+    "train --resume run --steps 4": f"--steps: the run was started with 3, got 4; {RESUMED}",
+    "train --resume run --rate 0.5": f"--rate: the run was started with 0.01, got 0.5; {RESUMED}",
     "train folder --path nowhere": f"nowhere does not exist, expected {IMAGES}",
     "train folder --path empty": f"empty holds no class folders, expected {IMAGES}",
     "train folder --path file": f"file is not a folder, expected {IMAGES}",

@@ -1,6 +1,7 @@
 """A run's folder and its options: what is written comes back, and damage is refused in one line."""
 
 import dataclasses
+import datetime
 import json
 import re
 from pathlib import Path
@@ -219,6 +220,13 @@ SHARED = {
     "queries": 6,
     "eval_tasks": 50,
     "tune": True,
+    "minutes": 2.5,
+    "patience": 3,
+    "checkpoint_every": "5min",
+    "max_left_out": 0.25,
+    "apply_if_finite": 4,
+    "tensorboard": True,
+    "overwrite": True,
     "compilation_cache": Path("compiled programs"),
     "seed": 11,
     "out": Path("a run"),
@@ -232,6 +240,8 @@ IMAGES = {
     "width": 8,
     "pooling": "max",
     "compute": "bfloat16",
+    "statistics": "one-at-a-time",
+    "inner_clip": 2.0,
     "compare": False,
 }
 OTHER_THAN_DEFAULT = {
@@ -259,13 +269,36 @@ def test_options_come_back_from_json(name):
         assert options.from_json(config) == chosen
 
 
+def test_a_run_from_before_an_option_has_its_default():
+    config = options.to_json(options.Glyphs(steps=7))
+    del config["patience"], config["statistics"]
+    assert options.from_json(config) == options.Glyphs(steps=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("10", 10),
+        ("30s", datetime.timedelta(seconds=30)),
+        ("5min", datetime.timedelta(minutes=5)),
+        ("2h", datetime.timedelta(hours=2)),
+    ],
+)
+def test_checkpoint_intervals(text, interval):
+    assert options.checkpoint_interval(text) == interval
+
+
 CONFIG = options.to_json(options.Sinusoid())
 UNREADABLE = {
     "no data set": ({}, "names none of the data sets glyphs, omniglot, sinusoid, folder"),
     "an unknown data set": ({"dataset": "mnist"}, "names none of the data sets"),
     "options of another version": (
-        {name: value for name, value in CONFIG.items() if name != "rate"} | {"zeal": 1},
-        "the configuration's options differ from this version's: rate, zeal",
+        CONFIG | {"zeal": 1},
+        "the configuration's options differ from this version's: zeal",
+    ),
+    "no path": (
+        {"dataset": "folder"},
+        "the configuration's options differ from this version's: path",
     ),
 }
 

@@ -1,6 +1,10 @@
-"""The outer loop: plain steps in a row, on however many devices, reported as they were."""
+"""The outer loop: plain steps in a row, reported as they were, and resumed to the same numbers."""
 
-import itertools
+import datetime
+import json
+import os
+import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +14,13 @@ import pytest
 from problems import assert_close, network, network_problem
 
 import fomaml_jax as fj
-from fomaml_jax import training
+from fomaml_jax import checkpoints, devices, training
 from fomaml_jax.tasks import task_keys
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compiles"),
+    pytest.mark.usefixtures("standard_promotion"),
+]
 
 KEY = jax.random.key(3)
 SAMPLE = fj.tasks.sinusoid(shots=3, queries=4)
@@ -21,18 +28,34 @@ FOMAML = fj.fomaml(network, optax.sgd(0.05), 2)
 PARAMS, _ = network_problem(1)
 STEPS = 3
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 
 def outer():
     """An optimizer with state and a rate that changes from step to step."""
     return optax.adam(optax.cosine_decay_schedule(0.05, STEPS))
 
 
-def run(sample_task=SAMPLE, optimizer=None, params=PARAMS, meta_gradient=FOMAML, **kwargs):
-    kwargs = {"steps": STEPS, "tasks_per_step": 4} | kwargs
-    optimizer = optimizer or outer()
-    return list(training.meta_train(meta_gradient, sample_task, params, optimizer, KEY, **kwargs))
+def train(
+    meta_gradient=FOMAML,
+    sample_task=SAMPLE,
+    params=PARAMS,
+    optimizer=None,
+    key=KEY,
+    tasks_at_once="auto",
+    **kwargs,
+):
+    """`fj.train` with the tasks shared out among the devices; what was reported beside it."""
+    kwargs = {"steps": STEPS, "tasks_per_step": 4, "name": None} | kwargs
+    mesh = devices.mesh_for(kwargs["tasks_per_step"])
+    learner = devices.sampled_learner(
+        meta_gradient, sample_task, optimizer or outer(), mesh=mesh, tasks_at_once=tasks_at_once
+    )
+    return fj.train(learner, params, lambda key: key, key, mesh=mesh, **kwargs)
+
+
+def followed(**kwargs):
+    seen = []
+    trained = train(on_report=lambda row, params: seen.append((params, dict(row))), **kwargs)
+    return trained, seen
 
 
 def mean(trees):
@@ -56,27 +79,28 @@ def plain_loop(num_tasks):
 
 
 def test_training_is_a_plain_loop():
-    for (params, row), (reference, loss, norm) in zip(run(), plain_loop(4), strict=True):
+    trained, seen = followed()
+    for (params, row), (reference, loss, norm) in zip(seen, plain_loop(4), strict=True):
         assert_close(params, reference, 1e-5)
         np.testing.assert_allclose([row["loss"], row["grad_norm"]], [loss, norm], rtol=1e-5)
+    assert_close(trained.state.params, reference, 1e-5)
+    assert trained.best is trained.state.params
+    assert (trained.best_score, trained.stopped) == (None, "finished")
+    assert trained.metrics == [row for _, row in seen]
+
+
+def test_a_learner_that_takes_tasks_takes_the_same():
+    learner = fj.meta_learner(fj.over_tasks(FOMAML), outer())
+    trained = fj.train(learner, PARAMS, SAMPLE, KEY, steps=STEPS, tasks_per_step=4, name=None)
+    assert_close(trained.state.params, train().state.params, 1e-5)
 
 
 def test_neither_devices_nor_tasks_at_once_change_the_numbers(monkeypatch):
-    assert training.mesh_for(4).size == 2
-    on_two = run()
+    on_two = train()
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    assert training.mesh_for(4).size == 1
-    on_one = run(tasks_at_once=None)
-    for (params, row), (reference, other) in zip(on_two, on_one, strict=True):
-        assert_close(params, reference, 1e-5)
-        assert row.keys() == other.keys()
-        assert_close(row, other, 1e-5)
-
-
-@pytest.mark.parametrize(("num_tasks", "num_devices"), [(1, 1), (2, 2), (3, 1), (8, 2)])
-def test_as_many_devices_as_divide_the_tasks(num_tasks, num_devices):
-    mesh = training.mesh_for(num_tasks)
-    assert list(mesh.devices.flat) == jax.local_devices()[:num_devices]
+    on_one = train(tasks_at_once=None)
+    assert_close(on_two.state.params, on_one.state.params, 1e-5)
+    assert_close(on_two.metrics, on_one.metrics, 1e-5)
 
 
 # A task whose loss is the value it was drawn as, and whose meta-gradient is one.
@@ -98,12 +122,16 @@ def levels(step, num_tasks):
     return np.array([uniform_task(key).query[0] for key in task_keys(KEY, step, num_tasks)])
 
 
-def run_levels(sample_task=uniform_task, **kwargs):
-    return run(sample_task, optax.sgd(1.0), jnp.zeros(1), of_level, **kwargs)
+LEVELS = {
+    "meta_gradient": of_level,
+    "sample_task": uniform_task,
+    "params": jnp.zeros(1),
+    "optimizer": optax.sgd(1.0),
+}
 
 
 def test_a_row_says_what_happened_since_the_last():
-    rows = [row for _, row in run_levels(steps=203, tasks_per_step=2)]
+    rows = train(**LEVELS, steps=203, tasks_per_step=2).metrics
     assert [row["step"] for row in rows] == [*range(2, 203, 2), 203]
     assert [row["tasks"] for row in rows] == [2 * row["step"] for row in rows]
     for row, steps in zip(rows, [[0, 1], [2, 3], [4, 5]], strict=False):
@@ -115,7 +143,8 @@ def test_a_row_says_what_happened_since_the_last():
 
 
 def test_every_step_is_taken_once():
-    for params, row in run_levels(steps=203, tasks_per_step=2):
+    _, seen = followed(**LEVELS, steps=203, tasks_per_step=2)
+    for params, row in seen:
         assert params.item() == -row["step"]
 
 
@@ -123,9 +152,10 @@ def test_tasks_left_out_are_counted_and_harm_nobody(capsys):
     def sometimes_nan(key):
         return jax.tree.map(lambda x: jnp.where(x < 0.4, jnp.nan, x), uniform_task(key))
 
-    trained = run_levels(sometimes_nan, steps=5, tasks_per_step=6)
+    wanted = LEVELS | {"sample_task": sometimes_nan}
+    _, seen = followed(**wanted, steps=5, tasks_per_step=6, name="training")
     all_out = 0
-    for step, (params, row) in enumerate(trained):
+    for step, (params, row) in enumerate(seen):
         drawn = levels(step, 6)
         assert row["left_out"] == (drawn < 0.4).sum()
         np.testing.assert_allclose(row["loss"], drawn[drawn >= 0.4].mean(), rtol=1e-5)
@@ -135,45 +165,259 @@ def test_tasks_left_out_are_counted_and_harm_nobody(capsys):
     assert f"{all_out} tasks left out" in capsys.readouterr().err
 
 
-def test_a_step_without_a_finite_task_changes_nothing():
-    def always_nan(key):
-        return jax.tree.map(lambda x: x * jnp.nan, uniform_task(key))
+def never_finite(key):
+    return jax.tree.map(lambda x: x * jnp.nan, uniform_task(key))
 
-    (params, row), *_ = run_levels(always_nan, steps=1)
+
+def test_a_step_without_a_finite_task_changes_nothing():
+    _, [(params, row)] = followed(**LEVELS | {"sample_task": never_finite}, steps=1)
     assert params.item() == 0
     assert row == {"step": 1, "tasks": 4, "loss": 0, "grad_norm": 0, "left_out": 4}
 
 
-def test_the_caller_may_stop_at_any_report(capsys):
-    endless = training.meta_train(
-        of_level, uniform_task, jnp.zeros(1), optax.sgd(1.0), KEY, steps=10**9, tasks_per_step=2
-    )
-    (params, row) = next(itertools.islice(endless, 1, None))
-    endless.close()
-    assert row["step"] == 1000
-    assert params.item() == -1000
-    assert capsys.readouterr().err.endswith("\n")
-
-
-def test_the_bar_has_a_name_and_goes_to_standard_error(capsys):
-    run_levels(steps=1, name="joint pre-training")
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "joint pre-training: 100%" in captured.err
-    assert "4.00/4.00" in captured.err
-
-
-def test_every_report_and_the_start_keep_their_parameters():
+def test_the_start_and_every_report_keep_their_parameters():
     """The compiled step takes its state's buffers; nobody else's."""
     start = jax.tree.map(jnp.copy, PARAMS)
-    reported = [params for params, _ in run(params=start)]
-    for params in (start, *reported):
+    _, seen = followed(params=start)
+    for params in (start, *(params for params, _ in seen)):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert_close(start, PARAMS, 0)
 
 
-def test_a_tuned_step_is_the_same_step():
-    plan = training.tune_training(FOMAML, SAMPLE, PARAMS, KEY, tasks_per_step=4)
-    assert {trial.variant for trial in plan.trials} == {"as given", "unrolled"}
-    tuned = run(meta_gradient=plan.meta_gradient, tasks_at_once=plan.tasks_at_once)
-    assert_close(tuned[-1][0], run()[-1][0], 1e-5)
+# When it ends.
+
+
+def test_a_budget_of_tasks():
+    trained = train(**LEVELS, steps=None, tasks=9, tasks_per_step=2)
+    assert (int(trained.state.step), trained.stopped) == (5, "finished")
+    assert int(train(**LEVELS, steps=3, tasks=9, tasks_per_step=2).state.step) == 3
+
+
+def test_a_budget_of_time():
+    trained = train(**LEVELS, steps=None, seconds=0.05)
+    assert trained.stopped == "out of time"
+    assert 0.05 <= trained.seconds < 30
+    assert trained.state.params.item() == -int(trained.state.step) < 0
+
+
+def test_the_caller_may_stop_at_any_report():
+    trained = train(**LEVELS, steps=10**9, on_report=lambda row, params: row["step"] >= 1000)
+    assert trained.stopped == "stopped"
+    assert int(trained.state.step) == 1000
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_the_best_is_kept_and_patience_ends_the_run(lower):
+    # The parameter is minus the step; the score is best at step 4.
+    def validate(params):
+        score = -abs(params.item() + 4)
+        return -score if lower else score
+
+    trained = train(
+        **LEVELS, steps=100, validate=validate, validate_every=2, patience=3, lower_is_better=lower
+    )
+    assert (trained.stopped, int(trained.state.step)) == ("no improvement", 10)
+    assert (trained.best.item(), trained.best_score) == (-4, 0)
+    scored = {row["step"]: row["validation"] for row in trained.metrics if "validation" in row}
+    assert {step: abs(score) for step, score in scored.items()} == {2: 2, 4: 0, 6: 2, 8: 4, 10: 6}
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best():
+    scores = iter([float("nan"), 1.0, float("nan"), 0.5])
+    trained = train(**LEVELS, steps=4, validate=lambda p: next(scores), validate_every=1)
+    assert (trained.best.item(), trained.best_score) == (-2, 1.0)
+
+
+def test_the_last_step_has_a_score():
+    trained = train(**LEVELS, steps=5, validate=lambda params: params.item(), validate_every=2)
+    assert [row["step"] for row in trained.metrics if "validation" in row] == [2, 4, 5]
+
+
+def test_a_diverged_run_stops_with_advice_and_keeps_what_was_good():
+    def until_step_five(params, task):
+        grads, info = of_level(params, task)
+        fine = params[0] > -5
+        return jnp.where(fine, grads, jnp.nan), info._replace(finite=fine)
+
+    wanted = LEVELS | {"meta_gradient": until_step_five}
+    with pytest.raises(training.DivergedError, match=r"up to step 15, more than 50% .* clip") as e:
+        train(**wanted, steps=1000)
+    assert e.value.trained.state.params.item() >= -5
+    assert not np.isnan(e.value.trained.state.params.item())
+    finished = train(**wanted, steps=30, max_left_out=1.0)
+    assert int(finished.state.step) == 30
+
+
+@pytest.mark.parametrize(
+    ("number", "why"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_signals_end_the_run_with_every_step_saved(tmp_path, number, why):
+    before = signal.getsignal(number)
+
+    def ask(row, params):
+        if row["step"] == 500:
+            os.kill(os.getpid(), number)
+
+    wanted = LEVELS | {"steps": 10**6, "report_every": 500}
+    trained = train(**wanted, on_report=ask, folder=tmp_path)
+    assert trained.stopped == why
+    assert signal.getsignal(number) is before
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    assert int(newest.name) == int(trained.state.step) >= 500
+    resumed = train(**wanted, folder=tmp_path, resume=True, on_report=lambda *a: True)
+    assert int(resumed.state.step) > int(trained.state.step)
+    assert resumed.state.params.item() == -int(resumed.state.step)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def ask(row, params):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(**LEVELS, on_report=ask)
+
+
+def test_it_runs_in_a_thread_which_no_signal_reaches():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(**LEVELS)))
+    thread.start()
+    thread.join()
+    assert found[0].stopped == "finished"
+
+
+# Resuming.
+
+
+class Killed(BaseException):
+    """What stops a run at once, as `kill -9` does."""
+
+
+def scored(params):
+    return float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(params)))
+
+
+RUN = {"steps": 23, "report_every": 4, "validate_every": 6, "validate": scored}
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_bitwise(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("every", [1, 5, datetime.timedelta(0)])
+def test_a_killed_run_ends_where_it_would_have_ended(tmp_path, monkeypatch, every):
+    whole = train(**RUN, folder=tmp_path / "whole")
+    save, appended = checkpoints.save, training.runs.append_metrics
+    left = 0
+
+    def dying(original):
+        def call(*args):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return original(*args)
+
+        return call
+
+    # Killed before the second row or checkpoint is written, then before the third, and so on.
+    monkeypatch.setattr(checkpoints, "save", dying(save))
+    monkeypatch.setattr(training.runs, "append_metrics", dying(appended))
+    kills, trained = 0, None
+    while trained is None:
+        left = 2 + kills
+        try:
+            trained = train(
+                **RUN, folder=tmp_path / "cut", checkpoint_every=every, resume=kills > 0
+            )
+        except Killed:
+            kills += 1
+            left = 0
+            assert kills < 20
+    assert kills > 2
+    assert_bitwise((trained.state, trained.best), (whole.state, whole.best))
+    assert trained.best_score == whole.best_score
+    assert trained.metrics == whole.metrics == metrics_of(tmp_path / "cut")
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (
+        tmp_path / "whole/metrics.jsonl"
+    ).read_bytes()
+
+
+def halted(folder, step=8, **kwargs):
+    """A run that its caller stopped."""
+    return train(**RUN | kwargs, folder=folder, on_report=lambda row, params: row["step"] == step)
+
+
+def test_half_a_line_of_metrics_is_dropped(tmp_path):
+    halted(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "ta')
+    train(**RUN, folder=tmp_path, resume=True)
+    assert [row["step"] for row in metrics_of(tmp_path)] == [4, 6, 8, 12, 16, 18, 20, 23]
+
+
+def test_resuming_without_a_checkpoint_begins_at_the_start(tmp_path):
+    assert_bitwise(train(**RUN, folder=tmp_path, resume=True).state, train(**RUN).state)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    whole = train(**RUN, folder=tmp_path)
+    again = train(**RUN, folder=tmp_path, resume=True)
+    assert_bitwise(again.state, whole.state)
+    assert again.metrics == whole.metrics
+    assert again.best_score == whole.best_score
+
+
+def test_other_devices_resume_on_the_same_tasks(tmp_path, monkeypatch):
+    halted(tmp_path)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    resumed = train(**RUN, folder=tmp_path, resume=True, tasks_at_once=None)
+    assert_close(resumed.state.params, train(**RUN).state.params, 1e-4)
+
+
+def test_a_damaged_checkpoint_is_left_out_and_said(tmp_path):
+    whole = train(**RUN)
+    halted(tmp_path, checkpoint_every=2)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    (newest / "manifest.json").write_bytes(b"")
+    with pytest.warns(UserWarning, match=rf"{newest.name} is damaged and was left out"):
+        resumed = train(**RUN, folder=tmp_path, resume=True)
+    assert_bitwise(resumed.state, whole.state)
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    halted(tmp_path)
+    with pytest.raises(ValueError, match="holds a run; pass resume=True"):
+        train(**RUN, folder=tmp_path)
+    with pytest.raises(ValueError, match="tasks_per_step was 4, now 2"):
+        train(**RUN, folder=tmp_path, resume=True, tasks_per_step=2)
+    with pytest.raises(ValueError, match=r"is another one: key was \[0, 3\], now \[0, 4\]"):
+        train(**RUN, folder=tmp_path, resume=True, key=jax.random.key(4))
+    wider, _ = network_problem(1, width=9)
+    with pytest.raises(ValueError, match=r"\['b1'\] should be float32\[9\], found float32\[8\]"):
+        train(**RUN, folder=tmp_path, resume=True, params=wider)
+    with pytest.raises(ValueError, match="is of another problem"):
+        train(**RUN, folder=tmp_path, resume=True, optimizer=optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": None}, "nothing ends this training; pass steps, tasks or seconds"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"tasks": -1}, "tasks must be an integer of at least 1, got -1"),
+        ({"seconds": 0}, "seconds must be above 0, got 0"),
+        ({"report_every": 0}, "report_every must be an integer of at least 1, got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
+        ({"max_left_out": 1.5}, "max_left_out must be a share between 0 and 1, got 1.5"),
+        ({"patience": 2}, "patience counts scores; pass validate too"),
+    ],
+)
+def test_refusals(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        train(**wrong)

@@ -1,0 +1,245 @@
+"""A run's checkpoints: there as a whole or not at all, and read only if no byte has changed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MANIFEST = "manifest.json"
+"""Names the leaves and the digest of every file: what a checkpoint is checked against."""
+
+FORMAT = 1
+KEEP = 2
+"""Checkpoints on disk: the newest, and one to fall back on."""
+
+
+class Checkpoint(NamedTuple):
+    """What was saved.
+
+    Attributes:
+        step: outer steps taken.
+        tree: a pytree of arrays.
+        notes: what goes with it, as plain JSON.
+    """
+
+    step: int
+    tree: Any
+    notes: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint under `folder`, and removes all but the newest.
+
+    It is written under another name, with everything flushed to the disk, and renamed at the end:
+    whenever the process dies, every checkpoint that is there is whole.
+
+    Returns:
+        Its folder, named by its step.
+
+    Raises:
+        OSError: where it cannot be written; what was there before is still there.
+    """
+    final = folder / f"{checkpoint.step:010d}"
+    temporary = _hidden(final)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*"):  # by a process that died
+        shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        _write(temporary, checkpoint)
+        if final.exists():  # damaged: this step was reached again from an older checkpoint
+            _remove(final)
+        temporary.rename(final)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for older in _steps(folder)[KEEP:]:
+        _remove(older)
+    return final
+
+
+def newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be read, in the structure of `like`.
+
+    Returns:
+        The checkpoint, `None` where there are none, and a line on each newer one that is damaged.
+
+    Raises:
+        CheckpointError: where all are damaged, or the newest intact one does not fit `like`.
+    """
+    damaged: list[str] = []
+    for path in _steps(folder):
+        try:
+            manifest, found = _read(path)
+        except _DamagedError as error:
+            damaged.append(f"the checkpoint {path} is damaged and was left out: {error}")
+            continue
+        tree = _fitted(path, manifest, found, like)
+        return Checkpoint(manifest["step"], tree, manifest["notes"]), damaged
+    if damaged:
+        raise CheckpointError("no checkpoint can be read: " + "; ".join(damaged))
+    return None, []
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of one checkpoint by their names.
+
+    Raises:
+        CheckpointError: where it is damaged.
+    """
+    try:
+        manifest, found = _read(path)
+    except _DamagedError as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from None
+    return {name: array for (name, *_), array in zip(manifest["leaves"], found, strict=True)}
+
+
+class CheckpointError(ValueError):
+    """Why a run cannot go on from its checkpoints."""
+
+
+class _DamagedError(Exception):
+    pass
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    # Under numbers, not under names: a name may be anything, and so may the file system.
+    leaves = [
+        (jax.tree_util.keystr(path), _plain(leaf))
+        for path, leaf in jax.tree.leaves_with_path(checkpoint.tree)
+    ]
+    folder.mkdir()
+    with _checkpointer() as orbax:
+        # Empty arrays are refused by Orbax, and need no saving.
+        numbered = {f"{i:05d}": leaf for i, (_, leaf) in enumerate(leaves) if leaf.size}
+        orbax.save((folder / "arrays").absolute(), numbered)
+    manifest = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "notes": checkpoint.notes,
+        "leaves": [[name, str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves],
+        "files": {
+            str(path.relative_to(folder)): _digest(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    }
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version, files = manifest["format"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _DamagedError(f"{MANIFEST} cannot be read") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{folder} was written by another version of fomaml_jax ({version})")
+    if f"{manifest['step']:010d}" != folder.name:
+        raise _DamagedError(f"{MANIFEST} is that of step {manifest['step']}")
+    for name, digest in files.items():
+        try:
+            found = _digest(folder / name)
+        except OSError:
+            raise _DamagedError(f"{name} cannot be read") from None
+        if found != digest:
+            raise _DamagedError(f"{name} is not what was written")
+    with _checkpointer() as orbax:
+        found = orbax.restore((folder / "arrays").absolute())
+
+    def array(i: int, dtype: str, shape: list[int]) -> np.ndarray:
+        numbered = f"{i:05d}"
+        return np.asarray(found[numbered]) if numbered in found else np.zeros(shape, dtype)
+
+    kinds = enumerate(manifest["leaves"])
+    return manifest, [array(i, dtype, shape) for i, (_, dtype, shape) in kinds]
+
+
+def _fitted(path: Path, manifest: dict[str, Any], arrays: list[np.ndarray], like: Any) -> Any:
+    """The arrays in the structure of `like`, if they are of its names, shapes and dtypes."""
+    expected = {
+        jax.tree_util.keystr(name): (str(plain.dtype), list(plain.shape))
+        for name, leaf in jax.tree.leaves_with_path(like)
+        for plain in [_plain(leaf)]
+    }
+    found = {name: (dtype, shape) for name, dtype, shape in manifest["leaves"]}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{path} is of another problem: {name} should be {_shown(expected.get(name))}, "
+                f"found {_shown(found.get(name))}"
+            )
+    by_name = {name: array for (name, *_), array in zip(manifest["leaves"], arrays, strict=True)}
+
+    def restored(name, leaf):
+        array = jnp.asarray(by_name[jax.tree_util.keystr(name)])
+        if not _is_key(leaf):
+            return array
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map_with_path(restored, like)
+
+
+def _shown(kind: tuple[str, list[int]] | None) -> str:
+    return "nothing" if kind is None else f"{kind[0]}{kind[1]}"
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    """A leaf as numbers, PRNG keys too."""
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[Any]:
+    import orbax.checkpoint as ocp  # takes a second to import, and only runs with a folder need it
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        yield checkpointer
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints there, the newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint as a whole: it never looks like a damaged one."""
+    hidden = path.rename(path.with_name(f".old-{path.name}"))
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM as questions that a loop answers when it is ready."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Literal
+
+Stop = Literal["interrupted", "terminated"]
+
+_MEANING: dict[int, Stop] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Asked:
+    """Whether somebody has asked to stop, and how."""
+
+    to: Stop | None = None
+
+
+@contextlib.contextmanager
+def noticed(enabled: bool = True) -> Iterator[Asked]:
+    """Notes Ctrl-C and SIGTERM instead of stopping at once; a second Ctrl-C does stop at once.
+
+    Only Python's main thread can be asked; elsewhere, and where a signal is ignored (as Ctrl-C is
+    under `nohup ... &`), nothing changes.
+    """
+    asked = Asked()
+
+    def note(number: int, frame: object) -> None:
+        del frame
+        if asked.to is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.to = _MEANING[number]
+
+    with contextlib.ExitStack() as stack:
+        if enabled and threading.current_thread() is threading.main_thread():
+            for number in _MEANING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before = signal.signal(number, note)
+                    stack.callback(signal.signal, number, before)
+        yield asked
