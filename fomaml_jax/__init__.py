@@ -3,7 +3,7 @@
 from fomaml_jax import batch_statistics, datasets, models, rates, schedules, tasks, uneven
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.convolutions import matmul_convolutions
-from fomaml_jax.evaluation import Evaluation, evaluate
+from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
 from fomaml_jax.learned_rates import WithRates, learned_rates, meta_sgd
 from fomaml_jax.learner import (
     MetaLearner,
@@ -70,6 +70,7 @@ __all__ = [
     "meta_sgd",
     "models",
     "over_tasks",
+    "paired_difference",
     "prototype_head",
     "rates",
     "reptile",

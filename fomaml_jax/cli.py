@@ -38,14 +38,14 @@ T = TypeVar("T")
 
 USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder] [options]
        fomaml-jax train --resume RUN
-       fomaml-jax evaluate RUN [options]
+       fomaml-jax evaluate RUN [--against OTHER] [options]
 
 Learns an initialisation from many small tasks, and adapts it to new ones from a few examples.
 
   train      meta-trains on a data set (glyphs, which needs no download, unless named), evaluates
              on tasks never seen, and writes a folder of parameters, metrics, pictures and result;
              with --resume it goes on with a run that was stopped or killed, to the same numbers
-  evaluate   adapts a trained run to unseen tasks again
+  evaluate   adapts a trained run to unseen tasks again, and compares it with another run
 
 `fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.
 Exit codes: 0 done, or terminated with everything saved; 2 refused (one line says why); 3 diverged
@@ -58,6 +58,8 @@ class Evaluate:
 
     run: Positional[Path]
     """The folder that training wrote."""
+    against: Path | None = None
+    """Another run, to be compared with on the same tasks, task by task."""
     eval_tasks: int | None = None
     """Unseen tasks; as many as in the run unless given."""
     eval_steps: int | None = None
@@ -210,22 +212,33 @@ def _terminable() -> Iterator[None]:
 def _evaluate(words: list[str]) -> None:
     asked = _parse(Evaluate, "fomaml-jax evaluate", words)
     with _refusing():
-        chosen = options.from_json(runs.read_config(asked.run))
-        changes = {
-            name: value
-            for name in ("eval_tasks", "eval_steps", "seed", "path")
-            if (value := getattr(asked, name)) is not None
-        }
-        if "path" in changes and not hasattr(chosen, "path"):
-            raise ValueError(f"--path: {options.name_of(chosen)} has no data to look for")
-        chosen = dataclasses.replace(chosen, **changes)
         _keep_compiled_programs(asked.compilation_cache)
-        problem = problems.build(chosen)
-        params = runs.load_parameters(asked.run, problem.params)
+        chosen, problem, params = _trained(asked.run, asked)
+        against = None if asked.against is None else _trained(asked.against, asked)
+        if against is not None:
+            options.check_same_tasks(chosen, against[0])
     try:
-        print(table(experiment.evaluate(chosen, problem, params)))
+        result = experiment.evaluate(chosen, problem, params)
+        if against is not None:
+            result["baselines"] = experiment.difference(chosen, problem, params, *against[1:])
+        print(table(result))
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
+
+
+def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Problem, Any]:
+    """A run's options, with the changes that were asked for, its problem and its parameters."""
+    chosen = options.from_json(runs.read_config(run))
+    changes = {
+        name: value
+        for name in ("eval_tasks", "eval_steps", "seed", "path")
+        if (value := getattr(asked, name)) is not None
+    }
+    if "path" in changes and not hasattr(chosen, "path"):
+        raise ValueError(f"--path: {options.name_of(chosen)} has no data to look for")
+    problem = problems.build(dataclasses.replace(chosen, **changes))
+    params = runs.load_parameters(run, problem.params)
+    return dataclasses.replace(chosen, **changes), problem, params
 
 
 def _say(text: str) -> None:

@@ -82,6 +82,45 @@ def evaluate(
     _, per_task = in_chunks(
         lambda _, chunk: (None, together(one_task, chunk)), None, indices, tasks_at_once
     )
+    return _summary(per_task, num_tasks)
+
+
+def paired_difference(one: Evaluation, other: Evaluation) -> Evaluation:
+    """How much better one evaluation is than another of the same tasks, task by task.
+
+    Much of the variance is that of the tasks, and the difference has none of it: its interval is
+    narrower than either's.
+
+    Args:
+        one: an evaluation.
+        other: one with the same metric on the same tasks: the same distribution, key and number.
+
+    Returns:
+        An `Evaluation` of `one - other`.
+
+    Raises:
+        ValueError: for different numbers of tasks, or metrics of different structure.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, fomaml_jax as fj
+        >>> sample_task = fj.tasks.sinusoid()
+        >>> error = lambda level, query: jnp.mean((query[1] - level) ** 2)
+        >>> low, high = (
+        ...     fj.evaluate(lambda level, support: level, error, jnp.full((), level), sample_task,
+        ...                 jax.random.key(0), num_tasks=100) for level in (0.0, 0.1))
+        >>> difference = fj.paired_difference(high, low)
+        >>> bool(difference.ci95 < low.ci95)
+        True
+    """
+    if one.num_tasks != other.num_tasks:
+        raise ValueError(
+            f"the evaluations have {one.num_tasks} and {other.num_tasks} tasks; evaluate both on "
+            "the same"
+        )
+    return _summary(jax.tree.map(jnp.subtract, one.per_task, other.per_task), one.num_tasks)
+
+
+def _summary(per_task: Any, num_tasks: int) -> Evaluation:
     mean = jax.tree.map(lambda x: x.mean(), per_task)
     ci95 = jax.tree.map(lambda x: 1.96 * x.std(ddof=1) / np.sqrt(num_tasks), per_task)
     return Evaluation(mean, ci95, per_task, num_tasks)

@@ -15,7 +15,7 @@ import optax
 from fomaml_jax import baselines, options, pictures, problems, runs, training
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.devices import mesh_for, sampled_learner, tune_sampled
-from fomaml_jax.evaluation import Evaluation
+from fomaml_jax.evaluation import Evaluation, paired_difference
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.problems import Problem
 from fomaml_jax.tasks import TaskDistribution
@@ -139,6 +139,32 @@ def evaluate(chosen: options.Options, problem: Problem, params: Params) -> dict[
             {"inner_steps": k, "mean": float(m), "ci95": float(c)}
             for k, (m, c) in enumerate(zip(judged.mean, judged.ci95, strict=True))
         ],
+    }
+
+
+def difference(
+    chosen: options.Options,
+    problem: Problem,
+    params: Params,
+    other_problem: Problem,
+    other_params: Params,
+) -> dict[str, dict[str, float]]:
+    """Another run on the very same unseen tasks, and how much better this one is, task by task."""
+
+    def judged(problem: Problem, params: Params) -> Evaluation:
+        judge = problems.judge_of(
+            problem,
+            problem.test,
+            num_steps=chosen.adaptation_steps,
+            num_tasks=chosen.eval_tasks,
+            every_step=False,
+        )
+        return judge(params, Keys.of(chosen.seed).test)
+
+    other = judged(other_problem, other_params)
+    return {
+        "the other run": last(other),
+        "difference, task by task": last(paired_difference(judged(problem, params), other)),
     }
 
 

@@ -250,6 +250,24 @@ def check_resumed(saved: Options, now: Options) -> None:
             )
 
 
+def check_same_tasks(one: Options, other: Options) -> None:
+    """Refuses to compare runs that are judged on different tasks.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    names = ("ways", "shots", "queries", "split", "size", "channels", "statistics")
+    kinds = {"data set": tuple(name_of(run) for run in (one, other))}
+    kinds |= {
+        "--" + name: tuple(getattr(run, name, None) for run in (one, other)) for name in names
+    }
+    for name, (here, there) in kinds.items():
+        if here != there:
+            raise ValueError(
+                f"the runs are judged on different tasks, {name} is {here} and {there}"
+            )
+
+
 def to_json(options: Options) -> dict[str, Any]:
     """The options as plain JSON, the data set's name first."""
     plain = dataclasses.asdict(options)

@@ -362,6 +362,27 @@ def test_evaluate_takes_other_tasks_and_steps(sinusoid):
     assert rows_of(other.out)[0] != rows_of(sinusoid.out)[0]
 
 
+def test_evaluate_compares_two_runs_task_by_task(sinusoid, tmp_path):
+    other = trained(tmp_path, "sinusoid", *TINY, "--eval-steps", "2", "--rate", "0.1")
+    found = call("evaluate", sinusoid.folder, "--against", other.folder, "--eval-tasks", "50")
+    assert found.code == 0, found.err
+    rows = {name: (mean, ci95) for name, mean, ci95 in rows_of(found.out.replace(" -", "  "))}
+    alone = call("evaluate", other.folder, "--eval-tasks", "50")
+    assert rows["the other run"] == rows_of(alone.out)[-1][1:]
+    here, there = rows["after 2 steps"], rows["the other run"]
+    gap, ci95 = rows["difference, task by task"]
+    assert abs(gap - abs(here[0] - there[0])) < 0.002
+    assert ci95 < here[1] + there[1]
+
+
+def test_runs_on_different_tasks_are_not_compared(sinusoid, glyphs):
+    found = call("evaluate", sinusoid.folder, "--against", glyphs.folder)
+    assert (found.code, found.out) == (2, "")
+    assert found.err == (
+        "fomaml-jax: the runs are judged on different tasks, data set is sinusoid and glyphs\n"
+    )
+
+
 def test_compare_adds_second_order_maml_and_joint_pretraining_to_sine_waves(tmp_path):
     compared = trained(tmp_path, "sinusoid", *TINY, "--inner-steps", "1", "--compare")
     names = ["second-order MAML", "joint pre-training, fine-tuned"]

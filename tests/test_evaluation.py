@@ -75,3 +75,18 @@ def test_refusals():
         evaluate(num_tasks=1)
     with pytest.raises(ValueError, match=r"must return scalars, got an array of shape \(1,\)"):
         fj.evaluate(lambda p, s: s, lambda a, q: a, (), normal_task, jax.random.key(0))
+
+
+def test_a_paired_difference_has_the_variance_of_the_differences():
+    rng = np.random.default_rng(0)
+    tasks, gap = rng.normal(size=200) * 10, rng.normal(size=200)
+    one, other = (
+        fj.Evaluation(None, None, {"score": jnp.asarray(x)}, 200) for x in (tasks + gap, tasks)
+    )
+    found = fj.paired_difference(one, other)
+    np.testing.assert_allclose(found.mean["score"], gap.mean(), rtol=1e-3)
+    np.testing.assert_allclose(
+        found.ci95["score"], 1.96 * gap.std(ddof=1) / np.sqrt(200), rtol=1e-3
+    )
+    with pytest.raises(ValueError, match="200 and 3 tasks; evaluate both on the same"):
+        fj.paired_difference(one, other._replace(num_tasks=3))

@@ -421,3 +421,72 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
 def test_refusals(wrong, message):
     with pytest.raises(ValueError, match=message):
         train(**wrong)
+
+
+# Tasks that overflow.
+
+
+def blobs(share_that_overflows):
+    """Five-way one-shot tasks in 8 of 32 dimensions, some of them far too large."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(200, 1, 8))
+    points = np.float32(
+        np.concatenate(
+            [centres + 0.2 * rng.normal(size=(200, 12, 8)), rng.normal(size=(200, 12, 24))], -1
+        )
+    )
+    sample = fj.tasks.episodes(points, ways=5, shots=1, queries=5)
+
+    def sample_task(key):
+        (x, y), query = sample(key)
+        overflows = jax.random.bernoulli(jax.random.fold_in(key, 1), share_that_overflows)
+        return fj.Task((jnp.where(overflows, jnp.float32(1e30), 1) * x, y), query)
+
+    return sample_task
+
+
+NET = fj.models.mlp((32, 32), 5)
+
+
+def cross_entropy(params, batch):
+    logits = NET.apply(params, batch[0])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def accuracy_of(params):
+    def adapted(params, support):
+        return fj.adapt(cross_entropy, params, support, optax.sgd(0.1), 3)[0]
+
+    def right(params, query):
+        return jnp.mean(NET.apply(params, query[0]).argmax(-1) == query[1])
+
+    judge = jax.jit(
+        lambda p: fj.evaluate(adapted, right, p, blobs(0.0), jax.random.key(9), num_tasks=2000)
+    )
+    return float(judge(params).mean)
+
+
+def train_on_blobs(share_that_overflows, **kwargs):
+    return train(
+        fj.fomaml(cross_entropy, optax.sgd(0.1), 3),
+        blobs(share_that_overflows),
+        NET.init(jax.random.key(0), jnp.zeros((1, 32))),
+        optax.adam(optax.cosine_decay_schedule(1e-2, 1500)),
+        **{"steps": 1500, "tasks_per_step": 16, "max_left_out": 0.5} | kwargs,
+    )
+
+
+def test_one_task_in_eight_may_overflow():
+    clean, dirty = train_on_blobs(0.0), train_on_blobs(1 / 8)
+    assert sum(row["left_out"] for row in clean.metrics) == 0
+    share = sum(row["left_out"] for row in dirty.metrics) / (1500 * 16)
+    assert abs(share - 1 / 8) < 0.01
+    before = accuracy_of(NET.init(jax.random.key(0), jnp.zeros((1, 32))))
+    scores = accuracy_of(clean.state.params), accuracy_of(dirty.state.params)
+    assert scores[0] > before + 0.2
+    assert abs(scores[0] - scores[1]) < 0.01
+
+
+def test_where_all_tasks_overflow_training_stops_soon():
+    with pytest.raises(training.DivergedError, match="up to step 10,"):
+        train_on_blobs(1.0)

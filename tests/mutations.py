@@ -1,0 +1,157 @@
+"""Small wrongs done to the core, one at a time: does the suite catch every one?
+
+Run it: python tests/mutations.py
+Each is done in a copy of the repository, where the tests that should notice are run and must fail.
+`test_mutations.py` keeps the list from going stale.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """What is wrong in which file, and the tests that see it."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation(
+        "adaptation.py",
+        "theta = stop(inner.adapted)",
+        "theta = inner.adapted",
+        "test_adaptation.py test_order.py test_meta_gradients.py",
+    ),
+    Mutation(
+        "adaptation.py",
+        "stop = jax.lax.stop_gradient if first_order else lambda x: x",
+        "stop = lambda x: x",
+        "test_adaptation.py test_meta_gradients.py",
+    ),
+    Mutation("adaptation.py", "inner.step + 1)", "inner.step)", "test_adaptation.py test_state.py"),
+    Mutation(
+        "adaptation.py",
+        "2 * inner.step + int(query)",
+        "inner.step + int(query)",
+        "test_state.py",
+    ),
+    Mutation(
+        "adaptation.py",
+        "lambda x: x[step], support",
+        "lambda x: x[0], support",
+        "test_serial.py test_adaptation.py test_meta_gradients.py",
+    ),
+    Mutation(
+        "meta_gradients.py",
+        "jax.tree.map(jnp.subtract, params, adapted)",
+        "jax.tree.map(jnp.subtract, adapted, params)",
+        "test_algorithms.py",
+    ),
+    Mutation(
+        "meta_gradients.py",
+        "first_order=False,",
+        "first_order=True,",
+        "test_algorithms.py",
+    ),
+    Mutation(
+        "meta_gradients.py",
+        "weight = weights[inner.step]",
+        "weight = weights[0]",
+        "test_algorithms.py",
+    ),
+    Mutation(
+        "rates.py",
+        "return -rate.astype(update.dtype) * update",
+        "return rate.astype(update.dtype) * update",
+        "test_algorithms.py",
+    ),
+    Mutation(
+        "rates.py",
+        "jnp.minimum(state.count, rate.shape[0] - 1)",
+        "0 * state.count",
+        "test_algorithms.py",
+    ),
+    Mutation(
+        "starts.py",
+        "features = jax.lax.stop_gradient(features)",
+        "features = features * 1",
+        "test_starts.py",
+    ),
+    Mutation(
+        "starts.py",
+        "return back(grads)[0], info",
+        "return grads, info",
+        "test_starts.py test_algorithms.py",
+    ),
+    Mutation(
+        "uneven.py", "jnp.where(weights > 0, each, jnp.zeros_like(each))", "each", "test_uneven.py"
+    ),
+    Mutation("schedules.py", "jnp.maximum(remaining, 0.03)", "remaining", "test_schedules.py"),
+    Mutation(
+        "batch_statistics.py",
+        "jnp.concatenate([support, query[None]])",
+        "jnp.concatenate([query[None], support])",
+        "test_batch_statistics.py",
+    ),
+    Mutation("evaluation.py", "ddof=1", "ddof=0", "test_evaluation.py"),
+    Mutation("learner.py", "state.step + 1", "state.step", "test_learner.py test_training.py"),
+    Mutation(
+        "tasks.py",
+        "jax.random.fold_in(key, step)",
+        "jax.random.fold_in(key, 0)",
+        "test_tasks.py test_training.py",
+    ),
+    Mutation(
+        "training.py",
+        "jnp.where(reported, jnp.zeros_like(x), x)",
+        "x",
+        "test_training.py",
+    ),
+    Mutation(
+        "training.py",
+        "if not math.isnan(score) and (",
+        "if (",
+        "test_training.py",
+    ),
+    Mutation("checkpoints.py", "if found != digest:", "if False:", "test_checkpoints.py"),
+]
+
+
+def caught(mutation: Mutation, folder: Path) -> bool:
+    """Whether the tests fail in a copy with the wrong in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    path = folder / "fomaml_jax" / mutation.file
+    path.write_text(path.read_text().replace(mutation.right, mutation.wrong, 1))
+    tests = [str(folder / "tests" / name) for name in mutation.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+    return run.returncode == 1
+
+
+def main() -> None:
+    """Tries them all, and says which got away."""
+    escaped = 0
+    with tempfile.TemporaryDirectory() as home:
+        for mutation in MUTATIONS:
+            verdict = "caught" if caught(mutation, Path(home) / "copy") else "GOT AWAY"
+            escaped += verdict != "caught"
+            change = f"{mutation.right}  ->  {mutation.wrong}"
+            print(f"{verdict:8}  {mutation.file}: {change}", flush=True)  # noqa: T201
+    sys.exit(escaped > 0)
+
+
+if __name__ == "__main__":
+    main()
