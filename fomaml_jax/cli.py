@@ -19,7 +19,7 @@ try:
     import tyro
     from tyro.conf import Positional
 
-    from fomaml_jax import experiment, options, problems, runs
+    from fomaml_jax import experiment, options, problems, reports, runs
     from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
     from fomaml_jax.checkpoints import CheckpointError
     from fomaml_jax.devices import use_every_core
@@ -39,6 +39,7 @@ T = TypeVar("T")
 USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder] [options]
        fomaml-jax train --resume RUN
        fomaml-jax evaluate RUN [--against OTHER] [options]
+       fomaml-jax report RUN [RUN ...] [--out FOLDER]
 
 Learns an initialisation from many small tasks, and adapts it to new ones from a few examples.
 
@@ -46,6 +47,7 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
              on tasks never seen, and writes a folder of parameters, metrics, pictures and result;
              with --resume it goes on with a run that was stopped or killed, to the same numbers
   evaluate   adapts a trained run to unseen tasks again, and compares it with another run
+  report     draws runs, side by side, into one page that needs no other file, and PNG pictures
 
 `fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.
 Exit codes: 0 done, or terminated with everything saved; 2 refused (one line says why); 3 diverged
@@ -72,6 +74,16 @@ class Evaluate:
     """Folder that keeps compiled programs, so that the next evaluation starts sooner."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Draws runs side by side, finished or not."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders that training wrote."""
+    out: Path = Path("report")
+    """Folder for report.html and the pictures in it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `fomaml-jax`.
 
@@ -89,8 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _train(words)
     elif command == "evaluate":
         _evaluate(words)
+    elif command == "report":
+        _report(words)
     else:
-        _stop(f"unknown command {command!r}; there are train and evaluate", REFUSED)
+        _stop(f"unknown command {command!r}; there are train, evaluate and report", REFUSED)
 
 
 def _keep_compiled_programs(folder: Path | None) -> None:
@@ -224,6 +238,15 @@ def _evaluate(words: list[str]) -> None:
         print(table(result))
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
+
+
+def _report(words: list[str]) -> None:
+    asked = _parse(Report, "fomaml-jax report", words)
+    with _refusing():
+        if not asked.runs:
+            raise ValueError("report needs at least one run")
+        page = reports.write(asked.runs, asked.out)
+    print(f"The report is in {page}, its pictures beside it.")
 
 
 def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Problem, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from fomaml_jax import baselines, options, pictures, problems, runs, training
@@ -93,7 +94,10 @@ def train(
     runs.save_parameters(folder, params)
     if trained.stopped in ("interrupted", "terminated"):
         raise StoppedError(trained.stopped, int(trained.state.step))
-    result = evaluate(chosen, problem, params) | {
+    judged = evaluate(chosen, problem, params)
+    with runs.replacing(folder / runs.PER_TASK) as temporary:
+        np.save(temporary, judged.pop("per_task"), allow_pickle=False)
+    result = judged | {
         "baselines": _compare(chosen, problem, keys) if chosen.compare else {},
         "stopped": trained.stopped,
         "tasks_seen": int(trained.state.step) * chosen.tasks_per_step,
@@ -107,7 +111,7 @@ def train(
 
 
 def evaluate(chosen: options.Options, problem: Problem, params: Params) -> dict[str, Any]:
-    """Adapts to unseen tasks; returns what there is to say as plain JSON."""
+    """Adapts to unseen tasks; returns what there is to say as plain JSON, and `per_task`."""
     judge = problems.judge_of(
         problem, problem.test, num_steps=chosen.adaptation_steps, num_tasks=chosen.eval_tasks
     )
@@ -130,6 +134,7 @@ def evaluate(chosen: options.Options, problem: Problem, params: Params) -> dict[
         "metric": problem.metric,
         **last(judged),
         "num_tasks": int(judged.num_tasks),
+        "per_task": np.asarray(judged.per_task[-1]),
         "transductive": problem.statistics == TRANSDUCTIVE if images else None,
         "statistics": problem.statistics,
         "otherwise": {name: last(found) for name, found in otherwise.items()},

@@ -138,6 +138,8 @@ class Omniglot(ImageOptions):
     path: Path | None = None
     """Folder of the two archives or of the extracted folders; else $FOMAML_JAX_DATA, the cache, a
     download."""
+    offline: bool = False
+    """Never download."""
     split: Literal["vinyals", "background"] = "vinyals"
     """Which characters are unseen: those of Vinyals et al. 2016, or the evaluation alphabets."""
 
@@ -230,7 +232,16 @@ def checkpoint_interval(text: str) -> int | datetime.timedelta:
     return datetime.timedelta(seconds=count * seconds[unit]) if unit else count
 
 
-FREE = ("path", "compilation_cache", "compare", "checkpoint_every", "minutes", "out", "overwrite")
+FREE = (
+    "path",
+    "offline",
+    "compilation_cache",
+    "compare",
+    "checkpoint_every",
+    "minutes",
+    "out",
+    "overwrite",
+)
 """Options that may differ when a run is resumed: they do not change what it learns."""
 
 

@@ -238,7 +238,7 @@ def _load(chosen: options.ImageOptions) -> Splits:
         case options.Glyphs():
             return datasets.glyphs()
         case options.Omniglot():
-            return datasets.omniglot(chosen.path, split=chosen.split)
+            return datasets.omniglot(chosen.path, split=chosen.split, download=not chosen.offline)
         case options.Folder():
             return datasets.image_folder(chosen.path, size=chosen.size, channels=chosen.channels)
     raise TypeError(f"no pictures for {chosen}")

@@ -22,6 +22,8 @@ PLAN = "plan.json"
 """What `--tune` measured, and what it chose."""
 
 RESULT = "result.json"
+PER_TASK = "per_task.npy"
+"""The metric of every unseen task after the last step."""
 
 
 def check_new(folder: Path, *, overwrite: bool = False) -> None:
@@ -79,12 +81,8 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
 
 def cut_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
     """Takes away the rows after a step, which is to be taken again; returns those that stay."""
-    path = folder / METRICS
-    # The last line of a process that died may be half a line.
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    kept = [row for row in rows if row["step"] <= step]
-    with replacing(path) as temporary:
+    kept = [row for row in read_metrics(folder) if row["step"] <= step]
+    with replacing(folder / METRICS) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
@@ -96,6 +94,20 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the metrics file; half a line, of a process that died, is no row.
+
+    Raises:
+        ValueError: for a line that is damaged.
+    """
+    path = folder / METRICS
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

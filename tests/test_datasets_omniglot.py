@@ -274,6 +274,14 @@ def test_download_is_kept(home, cache, monkeypatch):
     assert_same(omniglot(size=14), omniglot(home, size=14))
 
 
+def test_what_may_not_be_downloaded_is_not(home, cache):
+    with pytest.raises(FileNotFoundError, match=r"may not be downloaded: pass path=a folder with"):
+        omniglot(download=False)
+    assert not (cache / "omniglot").exists()
+    downloaded = omniglot()
+    assert_same(omniglot(download=False), downloaded)
+
+
 def test_interrupted_download_goes_on(home, cache):
     (cache / "omniglot").mkdir(parents=True)
     shutil.copy(home / f"{BACKGROUND}.zip", cache / "omniglot")

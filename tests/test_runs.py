@@ -246,7 +246,9 @@ IMAGES = {
 }
 OTHER_THAN_DEFAULT = {
     "glyphs": options.Glyphs(**SHARED, **IMAGES),
-    "omniglot": options.Omniglot(**SHARED, **IMAGES, path=Path("data"), split="background"),
+    "omniglot": options.Omniglot(
+        **SHARED, **IMAGES, path=Path("data"), split="background", offline=True
+    ),
     "folder": options.Folder(**SHARED, **IMAGES, path=Path("/data"), size=16, channels=1),
     "sinusoid": options.Sinusoid(**SHARED, compare=True, inner_clip=2.5),
 }

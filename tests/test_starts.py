@@ -50,3 +50,12 @@ def test_refusals(prepare):
     params, tasks = network_problem(1)
     with pytest.raises(ValueError, match="prepare must have the structure"):
         fj.starting_from(prepare, fj.fomaml(network, optax.sgd(0.1), 1))(params, one(tasks))
+
+
+def test_no_gradient_goes_through_the_prototypes():
+    labels = jnp.array([0, 1, 1])
+
+    def total(features):
+        return sum(leaf.sum() for leaf in fj.prototype_head(features, labels, 2))
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.ones((3, 4))), 0)

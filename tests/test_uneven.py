@@ -120,3 +120,10 @@ def test_no_weight_at_all_is_a_zero_gradient():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("content", [jnp.nan, jnp.inf, 1e38])
+def test_a_weighted_mean_does_not_see_what_has_no_weight(content):
+    values = jnp.array([[1.0, 3.0], [content, content], [5.0, 7.0]])
+    assert fj.uneven.weighted_mean(values, jnp.array([3.0, 0.0, 1.0])) == 3.0
+    assert fj.uneven.weighted_mean(values, jnp.zeros(3)) == 0.0

@@ -36,6 +36,7 @@ def omniglot(
     split: Literal["vinyals", "background"] = "vinyals",
     size: int = 28,
     resample: Literal["smooth", "nearest"] = "smooth",
+    download: bool = True,
 ) -> Splits:
     """Handwritten characters of fifty alphabets, each drawn once by twenty people.
 
@@ -59,6 +60,7 @@ def omniglot(
         resample: "smooth" goes to grey, then to `size` with Pillow's LANCZOS. "nearest" picks the
             nearest pixel and stays one-bit, as did the published MAML script, whose LANCZOS Pillow
             ignored because the images were one-bit.
+        download: whether it may be downloaded where it is not found.
 
     Returns:
         Images `[classes, 20, size, size, 1]` uint8, ink 255 on 0. Classes are named as in
@@ -66,7 +68,8 @@ def omniglot(
 
     Raises:
         ImportError: Pillow or pooch is missing.
-        FileNotFoundError: `path` does not exist, or an archive is missing there.
+        FileNotFoundError: `path` does not exist, or an archive is missing there; nothing is found
+            and `download` is off.
         NotADirectoryError: `path` is a file.
         OSError: the download failed.
         TypeError: `size` is no whole number.
@@ -86,7 +89,7 @@ def omniglot(
     size = whole_number("size", size, at_least=1)
     with cli_extra("omniglot()"):
         from PIL import __version__ as pillow_version
-    sources = _found(path)
+    sources = _found(path, download)
     options = {"split": split, "size": size, "resample": resample}
     files = [fingerprint(_files(source)) for source in sources]
     key = {**options, "pillow": pillow_version, "files": files}
@@ -106,7 +109,7 @@ def _read(sources: list[Path], split: str, size: int, resample: str) -> Splits:
     return Splits(*(select(images, all_names, part) for part in parts))
 
 
-def _found(path: str | os.PathLike[str] | None) -> list[Path]:
+def _found(path: str | os.PathLike[str] | None, download: bool) -> list[Path]:
     """Where the background and the evaluation set are."""
     if path is not None:
         return _given(Path(path).expanduser())
@@ -115,7 +118,7 @@ def _found(path: str | os.PathLike[str] | None) -> list[Path]:
     for folder in places:
         if sources := _look_in(folder):
             return sources
-    return _downloaded()
+    return _downloaded(download)
 
 
 def _given(folder: Path) -> list[Path]:
@@ -146,9 +149,14 @@ def _zipped_or_unpacked(folder: Path, name: str) -> Path | None:
     return unpacked if unpacked.is_dir() else None
 
 
-def _downloaded() -> list[Path]:
+def _downloaded(download: bool) -> list[Path]:
     """Both sets in the cache folder, where each stays once it is downloaded."""
     folder = cache_folder() / "omniglot"
+    if not download and not all(_zipped_or_unpacked(folder, name) for name in _ALPHABETS):
+        raise FileNotFoundError(
+            f"Omniglot is neither in $FOMAML_JAX_DATA nor in {folder}, and may not be downloaded: "
+            f"pass path={_EXPECTED}"
+        )
     return [_zipped_or_unpacked(folder, name) or _download(folder, name) for name in _ALPHABETS]
 
 
