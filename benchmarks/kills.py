@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=["omniglot", "glyphs"], default="omniglot")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1000, help="outer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3500, help="outer steps (%(default)s)")
     parser.add_argument("--width", type=int, default=32, help="channels (%(default)s)")
     parser.add_argument("--checkpoint-every", default="5", help="(%(default)s steps)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

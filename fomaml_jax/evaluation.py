@@ -45,6 +45,9 @@ def evaluate(
     tasks of a longer evaluation are those of a shorter one, and two models can be compared pair by
     pair. Pure: wrap it in `jax.jit` for speed.
 
+    A network that normalises by its batch sees the queries of a task together: the metric is then
+    transductive. `fj.batch_statistics` has queries one at a time, and both in one report by name.
+
     Args:
         adapt_fn: `(params, support) -> adapted`. The result may be anything `metric_fn` takes, the
             parameters after each step for instance.
