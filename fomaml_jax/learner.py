@@ -29,7 +29,7 @@ class StepInfo(NamedTuple):
     """What one outer step saw.
 
     Attributes:
-        loss: `[]`, the plain mean query loss over the finite tasks (zero if there is none), whatever
+        loss: `[]`, the plain mean query loss over finite tasks (zero if there is none), whatever
             `task_weight` says.
         num_finite: `[]` int32, how many tasks were finite.
         grad_norm: `[]`, the global norm of the mean meta-gradient.
