@@ -212,7 +212,8 @@ def kept(inner: InnerState, state: Any, *, query: bool = False) -> Any:
 
 def _slot(inner: InnerState, query: bool) -> jax.Array:
     """The step whose state counts: the query has that of the step before it."""
-    last = jax.tree.leaves(inner.state)[0].shape[0] - 1
+    leaves = jax.tree.leaves(inner.state)
+    last = leaves[0].shape[0] - 1 if leaves else 0
     return jnp.clip(inner.step - int(query), 0, last)
 
 

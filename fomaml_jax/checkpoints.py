@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -61,8 +62,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for older in _steps(folder)[KEEP:]:
-        _remove(older)
+    # Those of later steps are damaged: the run went on from an older one.
+    steps = _steps(folder)
+    later = [path for path in steps if int(path.name) > checkpoint.step]
+    for path in [*later, *steps[len(later) + KEEP :]]:
+        _remove(path)
     return final
 
 
@@ -120,7 +124,11 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     with _checkpointer() as orbax:
         # Empty arrays are refused by Orbax, and need no saving.
         numbered = {f"{i:05d}": leaf for i, (_, leaf) in enumerate(leaves) if leaf.size}
-        orbax.save((folder / "arrays").absolute(), numbered)
+        try:
+            orbax.save((folder / "arrays").absolute(), numbered)
+        except Exception as error:  # Orbax has its own for a full disk, among others
+            said = (str(error).strip() or repr(error)).splitlines()[0]
+            raise OSError(f"cannot write the checkpoint {folder}: {said}") from error
     manifest = {
         "format": FORMAT,
         "step": checkpoint.step,
@@ -133,7 +141,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         },
     }
     with (folder / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump(manifest | {"digest": _digest_of(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     for path in [*folder.rglob("*"), folder]:
@@ -143,14 +151,16 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 def _read(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        version, files = manifest["format"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        version, digest = manifest["format"], manifest.pop("digest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise _DamagedError(f"{MANIFEST} cannot be read") from None
+    if _digest_of(manifest) != digest:
+        raise _DamagedError(f"{MANIFEST} is not what was written")
     if version != FORMAT:
         raise CheckpointError(f"{folder} was written by another version of fomaml_jax ({version})")
     if f"{manifest['step']:010d}" != folder.name:
         raise _DamagedError(f"{MANIFEST} is that of step {manifest['step']}")
-    for name, digest in files.items():
+    for name, digest in manifest["files"].items():
         try:
             found = _digest(folder / name)
         except OSError:
@@ -210,8 +220,13 @@ def _is_key(leaf: Any) -> bool:
 def _checkpointer() -> Iterator[Any]:
     import orbax.checkpoint as ocp  # takes a second to import, and only runs with a folder need it
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        yield checkpointer
+    absl, before = logging.getLogger("absl"), logging.getLogger("absl").level
+    absl.setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            yield checkpointer
+    finally:
+        absl.setLevel(before)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -229,6 +244,10 @@ def _remove(path: Path) -> None:
     """Removes a checkpoint as a whole: it never looks like a damaged one."""
     hidden = path.rename(path.with_name(f".old-{path.name}"))
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
 import re
 import signal
 import sys
@@ -156,9 +157,7 @@ def _train(words: list[str]) -> None:
         _stop(" ".join(str(error).split()), REFUSED)
     except (KeyboardInterrupt, _Terminated) as stop:  # while judging, all training being saved
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else 0
-        _stop(
-            f"interrupted; {folder} holds the trained parameters, go on with: {resume_with}", code
-        )
+        _stop(f"interrupted; go on with: {resume_with}", code)
     print(table(result))
     print(f"\nThe run is in {folder}: result.json, learning_curve.png and more.")
 
@@ -275,12 +274,11 @@ def table(result: dict[str, Any]) -> str:
     rows |= {f"the same, {name}": row for name, row in result["otherwise"].items()}
     rows |= result.get("baselines", {})
 
-    def line(name: str, row: dict[str, float]) -> str:
+    def line(name: str, row: dict[str, float | None]) -> str:
         scale, digits, unit = (100, 2, " %") if percent else (1, 3, "")
-        return (
-            f"  {name:<34}{scale * row['mean']:7.{digits}f}{unit}"
-            f" ± {scale * row['ci95']:.{digits}f}"
-        )
+        found = (row["mean"], row["ci95"])
+        mean, ci95 = (math.nan if x is None else scale * x for x in found)
+        return f"  {name:<34}{mean:7.{digits}f}{unit} ± {ci95:.{digits}f}"
 
     normalised = f", {STATISTICS[result['statistics']]}" if result["statistics"] else ""
     head = f"{result['metric']} on {result['num_tasks']} unseen tasks{normalised}"

@@ -15,6 +15,7 @@ import optax
 
 from fomaml_jax import baselines, options, pictures, problems, runs, training
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
+from fomaml_jax.checkpoints import CheckpointError
 from fomaml_jax.devices import mesh_for, sampled_learner, tune_sampled
 from fomaml_jax.evaluation import Evaluation, paired_difference
 from fomaml_jax.parallel import TasksAtOnce
@@ -85,8 +86,11 @@ def train(
         ValueError: for a run that cannot be resumed.
     """
     keys = Keys.of(chosen.seed)
-    if not resume:
-        runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
+    runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
+    if resume:  # with more time, perhaps: what came out before is no longer the result
+        for name in (runs.RESULT, runs.PER_TASK):
+            (folder / name).unlink(missing_ok=True)
+    else:
         runs.save_parameters(folder, problem.params)
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = _meta_train(chosen, tuned, folder, keys, resume)
@@ -105,8 +109,8 @@ def train(
         "config": options.to_json(chosen),
         "versions": versions(),
     }
-    runs.write_json(folder / runs.RESULT, result)
     pictures.draw_run(chosen, problem, params, keys.test, folder, result)
+    runs.write_json(folder / runs.RESULT, result)  # last: with it, the run is finished
     return result
 
 
@@ -200,12 +204,14 @@ def _meta_train(
     def follow(row: dict[str, Any], params: Params) -> None:
         if "validation" in row:
             runs.save_parameters(folder, params)
-        if board is not None:
+        if chosen.tensorboard:
+            if not boards:  # rows that a killed run had written beyond this one are purged
+                boards.append(stack.enter_context(_tensorboard(folder, row["step"])))
             for name in sorted(row.keys() - {"step"}):
-                board.add_scalar(name, row[name], row["step"])
+                boards[0].add_scalar(name, row[name], row["step"])
 
+    boards: list[Any] = []
     with contextlib.ExitStack() as stack:
-        board = stack.enter_context(_tensorboard(folder)) if chosen.tensorboard else None
         try:
             return training_of(
                 chosen,
@@ -272,10 +278,10 @@ def train_learner(
     )
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, step: int) -> Any:
     from tensorboardX import SummaryWriter  # an extra, whose absence the options refuse
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
 
 def _tuned(
@@ -290,13 +296,17 @@ def _tuned(
 
     A run that is resumed keeps what was chosen for it: another form rounds differently.
     """
-    if resume and (folder / runs.PLAN).is_file():
-        saved = json.loads((folder / runs.PLAN).read_text())
-        return dataclasses.replace(
-            problem,
-            meta_gradient=variants_of(problem.meta_gradient)[saved["variant"]],
-            tasks_at_once=saved["tasks_at_once"],
-        )
+    path = folder / runs.PLAN
+    if resume and (path.is_file() or (folder / training.CHECKPOINTS).is_dir()):
+        try:
+            saved = json.loads(path.read_text())
+            return dataclasses.replace(
+                problem,
+                meta_gradient=variants_of(problem.meta_gradient)[saved["variant"]],
+                tasks_at_once=saved["tasks_at_once"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
     plan = tune_sampled(
         problem.meta_gradient,
         problem.train,

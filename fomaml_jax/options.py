@@ -239,8 +239,6 @@ FREE = (
     "compare",
     "checkpoint_every",
     "minutes",
-    "out",
-    "overwrite",
 )
 """Options that may differ when a run is resumed: they do not change what it learns."""
 

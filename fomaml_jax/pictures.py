@@ -1,6 +1,5 @@
 """What a run looks like: learning curve, example episodes, adaptation to sine waves."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def learning_curve(folder: Path, result: dict[str, Any]) -> Figure:
     """Loss on training tasks and metric on validation tasks against tasks seen."""
-    rows = [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
+    rows = runs.read_metrics(folder)
     validated = [row for row in rows if "validation" in row]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -26,6 +26,9 @@ img { max-width: 100%; }
 """
 
 
+REQUIRED = {"mean", "ci95", "per_step"}
+
+
 class Finished(NamedTuple):
     """What is in a run's folder; the last two are `None` where it has not come to its end."""
 
@@ -48,7 +51,9 @@ def read(folder: Path) -> Finished:
     try:
         result = json.loads(result_path.read_text()) if result_path.exists() else None
         per_task = np.load(tasks_path, allow_pickle=False) if tasks_path.exists() else None
-    except ValueError as error:
+        if result is not None and not result.keys() >= REQUIRED:
+            raise ValueError(f"{runs.RESULT} lacks {', '.join(sorted(REQUIRED - result.keys()))}")
+    except (ValueError, EOFError, AttributeError) as error:
         raise ValueError(f"the run in {folder} is damaged: {error}") from None
     return Finished(folder.name, config, runs.read_metrics(folder), result, per_task)
 
@@ -128,15 +133,21 @@ def titled(found: Sequence[Finished]) -> str:
 
 
 def _scored(run: Finished) -> str:
-    if run.result is None or run.result["mean"] is None:
-        return "not finished" if run.result is None else "not finite"
+    if run.result is None:
+        return "not finished"
+    if None in (run.result["mean"], run.result["ci95"]):
+        return "not finite"
     scale, unit = (100, " %") if metric(run) == "accuracy" else (1, "")
     mean, ci95 = scale * run.result["mean"], scale * run.result["ci95"]
     return f"{mean:.2f} ± {ci95:.2f}{unit}"
 
 
 def _of_result(name: str) -> Any:
-    return lambda run: "" if run.result is None else str(run.result.get(name) or "")
+    def show(run: Finished) -> str:
+        found = None if run.result is None else run.result.get(name)
+        return "" if found is None else str(found)
+
+    return show
 
 
 RESULT_COLUMNS = {
@@ -186,7 +197,9 @@ def after_each_step(found: Sequence[Finished]) -> Figure | None:
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     for run, colour in with_result:
-        rows = [row for row in (run.result or {})["per_step"] if row["mean"] is not None]
+        rows = [
+            row for row in (run.result or {})["per_step"] if None not in (row["mean"], row["ci95"])
+        ]
         axes.errorbar(
             [row["inner_steps"] for row in rows],
             [row["mean"] for row in rows],

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from fomaml_jax import options
+from fomaml_jax.checkpoints import CheckpointError
 from fomaml_jax.types import Params
 
 CONFIG = "config.json"
@@ -33,6 +35,7 @@ def check_new(folder: Path, *, overwrite: bool = False) -> None:
         ValueError: naming the folder.
     """
     if overwrite and (folder / CONFIG).is_file():
+        options.from_json(read_config(folder))  # refuses what is no run
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
@@ -53,7 +56,7 @@ def create(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write a run to {folder}: {error.strerror}") from None
+        raise ValueError(f"cannot write a run to {folder}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -83,7 +86,7 @@ def cut_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
     """Takes away the rows after a step, which is to be taken again; returns those that stay."""
     kept = [row for row in read_metrics(folder) if row["step"] <= step]
     with replacing(folder / METRICS) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(_without_nan(row)) + "\n" for row in kept))
     return kept
 
 
@@ -100,14 +103,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of the metrics file; half a line, of a process that died, is no row.
 
     Raises:
-        ValueError: for a line that is damaged.
+        CheckpointError: for a line that is damaged.
     """
     path = folder / METRICS
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        rows = [json.loads(line) for line in lines]
+        # What JSON had no word for.
+        return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -116,7 +121,8 @@ def finished(folder: Path) -> dict[str, Any] | None:
         result = json.loads((folder / RESULT).read_text())
     except (OSError, ValueError):
         return None
-    return result if result.get("stopped") in ("finished", "no improvement") else None
+    whole = isinstance(result, dict) and {"per_step", "otherwise", "metric"} <= result.keys()
+    return result if whole and result.get("stopped") in ("finished", "no improvement") else None
 
 
 def save_parameters(folder: Path, params: Params) -> None:

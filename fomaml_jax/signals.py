@@ -24,11 +24,13 @@ def noticed(enabled: bool = True) -> Iterator[Asked]:
     Only Python's main thread can be asked; elsewhere, and where a signal is ignored (as Ctrl-C is
     under `nohup ... &`), nothing changes.
     """
-    asked = Asked()
+    asked, interrupts = Asked(), 0
 
     def note(number: int, frame: object) -> None:
+        nonlocal interrupts
         del frame
-        if asked.to is not None and number == signal.SIGINT:
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
             raise KeyboardInterrupt
         asked.to = _MEANING[number]
 

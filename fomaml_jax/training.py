@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable
@@ -115,9 +116,9 @@ def train(
             ends the run.
         tasks: a budget of training tasks.
         seconds: a budget of time, earlier parts of a resumed run included.
-        validate: `params -> score`, a number; compile it yourself.
+        validate: `params -> score`, a number; compile it yourself. It may not keep the parameters.
         validate_every: steps between two scores; a twentieth of all steps unless given. The last
-            step has one too.
+            of all `steps` has one too.
         lower_is_better: whether a score is an error.
         patience: ends the run after so many scores without an improvement.
         report_every: steps between two reports; a hundredth of all, at most 500, unless given.
@@ -159,6 +160,7 @@ def train(
         >>> trained.stopped, [row["step"] for row in trained.metrics]
         ('finished', [10, 20])
     """
+    tasks_per_step = operator.index(tasks_per_step)
     plan = _planned(
         tasks_per_step=tasks_per_step,
         steps=steps,
@@ -176,19 +178,24 @@ def train(
     identity = {"key": _key_numbers(key), "tasks_per_step": tasks_per_step}
     if place is not None:
         run.open(place, identity, resume)
+    elif resume:
+        raise ValueError("there is nothing to resume without a folder; pass folder too")
     run.carry = _placed(run.carry, mesh)
     advance = _compiled(learner, sample_task, key, tasks_per_step, max_left_out)
     total = None if plan.steps is None else plan.steps * tasks_per_step
     began, last_saved = time.monotonic() - run.seconds, time.monotonic()
-    good, stride, told = run.copied(), 1, None
+    stride, told = 1, None
+    good = latest = run.copied()
     with (
         signals.noticed(stop_on_signals) as asked,
         progress(name, total, "tasks", run.step * tasks_per_step) as tell,
     ):
-        while (why := plan.over(run) or asked.to or told) is None:
+        while (why := asked.to or plan.over(run) or told) is None:
             called = time.monotonic()
             until = min(run.step + stride, plan.next_event(run.step))
             run.carry = jax.block_until_ready(advance(run.carry, until, run.reported))
+            # What was there before is good if the tasks of the step after it were.
+            good = latest if run.streak < run.step - latest.step else good
             stride = _next_stride(stride, time.monotonic() - called)
             if run.streak >= DIVERGED_STEPS:
                 raise DivergedError(_advice(run.step, max_left_out), good.trained("stopped"))
@@ -201,14 +208,15 @@ def train(
                 if on_report is not None and on_report(row, run.copied().params):
                     told = "stopped"
             run.seconds = time.monotonic() - began
-            good = run.copied() if run.streak == 0 else good
+            latest = run.copied()
             tell(run.step * tasks_per_step, run.note())
-            if place is not None and plan.saves(run.step, time.monotonic() - last_saved):
+            due = plan.saves(run.step, time.monotonic() - last_saved)
+            if place is not None and due and run.streak == 0:  # else it may be what has diverged
                 run.save(place, identity)
                 last_saved = time.monotonic()
         if place is not None:
             run.save(place, identity)
-    return run.trained(why)
+    return run.trained(asked.to or why)
 
 
 class _Carry(NamedTuple):
@@ -377,6 +385,7 @@ class _Run:
                 )
             folder.mkdir(parents=True, exist_ok=True)
             return
+        folder.mkdir(parents=True, exist_ok=True)
         like = {"carry": self.carry, "best": self.best}
         found, damaged = checkpoints.newest(folder / CHECKPOINTS, like)
         for line in damaged:
@@ -387,8 +396,9 @@ class _Run:
             self.carry, self.best = found.tree["carry"], found.tree["best"]
             for name, value in notes.items():
                 setattr(self, name, value)
-            # A damaged newer one would be taken for the newest again.
-            self.saved = None if damaged else found.step
+            self.saved = found.step
+        elif (folder / runs.METRICS).exists():
+            warnings.warn(f"{folder} has no checkpoint; training begins at the start", stacklevel=3)
         self.metrics = runs.cut_metrics(folder, self.step)
 
 
@@ -458,6 +468,12 @@ def _planned(
     for name, value in given.items():
         if value is not None:
             refusals.check_at_least(name, value, 1)
+    steps, tasks, validate_every, patience, report_every = (
+        None if n is None else operator.index(n)
+        for n in (steps, tasks, validate_every, patience, report_every)
+    )
+    if not isinstance(checkpoint_every, datetime.timedelta):
+        checkpoint_every = operator.index(checkpoint_every)
     if steps is None and tasks is None and seconds is None:
         raise ValueError("nothing ends this training; pass steps, tasks or seconds")
     if seconds is not None and not seconds > 0:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, and never silently wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -114,11 +115,18 @@ def swap(path, other):
     path.write_bytes(other.read_bytes())
 
 
+def flip(path, other):
+    content = bytearray(path.read_bytes())
+    if content:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
 def remove(path, other):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, zero, swap, remove])
+@pytest.mark.parametrize("damage", [truncate, zero, swap, flip, remove])
 def test_damage_to_any_file_falls_back_and_says_so(tmp_path, damage):
     older, newer = save(tmp_path / "saved", 1), save(tmp_path / "saved", 2)
     names = files_of(newer)
@@ -151,6 +159,35 @@ def test_where_all_are_damaged_nothing_is_read(tmp_path):
         checkpoints.newest(tmp_path, state())
 
 
+def test_a_number_changed_in_the_manifest_is_seen(tmp_path):
+    save(tmp_path, 1, best=0.75)
+    path = save(tmp_path, 2, best=0.91) / "manifest.json"
+    path.write_text(path.read_text().replace("0.91", "0.31"))
+    found, (line,) = checkpoints.newest(tmp_path, state())
+    assert found is not None
+    assert (found.step, found.notes["best"]) == (1, 0.75)
+    assert "manifest.json is not what was written" in line
+
+
+def test_damaged_checkpoints_of_later_steps_make_way(tmp_path):
+    save(tmp_path, 10)
+    (save(tmp_path, 20) / "manifest.json").write_text("{")
+    for step in (12, 14):
+        save(tmp_path, step)
+    assert [int(path.name) for path in sorted(tmp_path.iterdir())] == [12, 14]
+
+
+def test_what_orbax_cannot_write_is_an_os_error(tmp_path, monkeypatch):
+    class Full:
+        def save(self, *args):
+            raise ValueError("OUT_OF_RANGE: Error writing\nand more")
+
+    monkeypatch.setattr(checkpoints, "_checkpointer", lambda: contextlib.nullcontext(Full()))
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*: OUT_OF_RANGE: .*writing$"):
+        save(tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
     save(tmp_path, 1)
     (save(tmp_path, 2) / "manifest.json").write_text("{")
@@ -180,7 +217,9 @@ def test_another_problem_is_refused_by_name(tmp_path, like, message):
 
 def test_another_format_is_refused(tmp_path):
     path = save(tmp_path, 1) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    manifest = json.loads(path.read_text()) | {"format": 99}
+    del manifest["digest"]
+    path.write_text(json.dumps(manifest | {"digest": checkpoints._digest_of(manifest)}))
     with pytest.raises(CheckpointError, match="written by another version"):
         checkpoints.newest(tmp_path, state())
 

@@ -534,7 +534,7 @@ def test_a_run_that_is_stopped_while_it_is_judged_goes_on_there(tmp_path, monkey
         patch.setattr(experiment, "evaluate", terminate)
         run = call("train", "sinusoid", *TINY, "--eval-steps", "2", "--out", tmp_path)
     assert (run.code, run.out) == (0, "")
-    assert f"{tmp_path} holds the trained parameters" in run.err
+    assert run.err.endswith(f"interrupted; go on with: fomaml-jax train --resume {tmp_path}\n")
     resumed = call("train", "--resume", tmp_path)
     assert rows_of(resumed.out) == rows_of(sinusoid.out)
 
@@ -565,10 +565,13 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, sinusoid):
     assert {path.name for path in folder.iterdir()} == FILES | {"adaptation.png"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    refused = call(*words, tmp_path / "mine")
-    assert refused.code == 2
-    assert "is not empty" in refused.err
-    assert (tmp_path / "mine" / "thesis.txt").exists()
+    for config in (None, '{"model": "bert"}'):
+        if config:
+            (tmp_path / "mine" / "config.json").write_text(config)
+        refused = call(*words, tmp_path / "mine")
+        assert refused.code == 2
+        assert ("names none of the data sets" if config else "is not empty") in refused.err
+        assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 def test_divergence_stops_with_advice(tmp_path):
@@ -586,9 +589,35 @@ def test_patience_and_minutes(tmp_path):
     run = trained(tmp_path / "a", "sinusoid", *TINY, "--minutes", "0.00001")
     assert run.result["stopped"] == "out of time"
     assert 0 < run.result["tasks_seen"] < 6
+    assert json.loads((tmp_path / "a/config.json").read_text())["minutes"] == 0.00001
     longer = call("train", "--resume", tmp_path / "a", "--minutes", "60")
     assert longer.code == 0
+    assert json.loads((tmp_path / "a/config.json").read_text())["minutes"] == 60
     assert json.loads((tmp_path / "a/result.json").read_text())["stopped"] == "finished"
+
+
+def test_what_else_may_be_damaged_is_said_in_a_line(tmp_path, monkeypatch, sinusoid):
+    with monkeypatch.context() as patch:
+        asked_to_stop(patch, signal.SIGINT)
+        run = call("train", "sinusoid", *TINY, "--tune", "--out", tmp_path / "run")
+        assert run.code == 130
+    for name in ("metrics.jsonl", "plan.json"):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / name.split(".")[0])
+        (folder / name).write_text("{\n")
+        refused = call("train", "--resume", folder)
+        assert (refused.code, refused.out) == (2, "")
+        said = rf"^fomaml-jax: {folder / name} (is damaged|cannot be read)"
+        assert re.search(said, refused.err, re.MULTILINE)
+
+
+def test_a_finished_run_whose_result_is_not_finite_is_shown_again(sinusoid, tmp_path):
+    folder = shutil.copytree(sinusoid.folder, tmp_path / "run")
+    result = sinusoid.result
+    result["per_step"][-1] |= {"mean": None, "ci95": None}
+    (folder / "result.json").write_text(json.dumps(result))
+    again = call("train", "--resume", folder)
+    assert again.code == 0
+    assert re.search(r"after 2 steps +nan ± nan", again.out)
 
 
 def test_options_of_the_optimizers(sinusoid, glyphs, tmp_path):
@@ -752,6 +781,7 @@ REFUSED = {
     "train --resume nowhere": "nowhere is not a run: it has no config.json",
     "train omniglot --resume run": "run is a run of glyphs, not of omniglot",
     "train --resume run --steps 4": f"--steps: the run was started with 3, got 4; {RESUMED}",
+    "train --resume run --out other": f"--out: the run was started with None, got other; {RESUMED}",
     "train --resume run --rate 0.5": f"--rate: the run was started with 0.01, got 0.5; {RESUMED}",
     "train folder --path nowhere": f"nowhere does not exist, expected {IMAGES}",
     "train folder --path empty": f"empty holds no class folders, expected {IMAGES}",

@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import re
+import shutil
 import signal
 import threading
 
@@ -242,10 +244,26 @@ def test_a_diverged_run_stops_with_advice_and_keeps_what_was_good():
     wanted = LEVELS | {"meta_gradient": until_step_five}
     with pytest.raises(training.DivergedError, match=r"up to step 15, more than 50% .* clip") as e:
         train(**wanted, steps=1000)
-    assert e.value.trained.state.params.item() >= -5
-    assert not np.isnan(e.value.trained.state.params.item())
+    assert -5 < e.value.trained.state.params.item() <= 0
     finished = train(**wanted, steps=30, max_left_out=1.0)
     assert int(finished.state.step) == 30
+
+
+def test_the_state_that_is_kept_is_not_the_one_that_has_diverged(tmp_path):
+    def growing(params, batch):
+        return jnp.sum((params[None] * batch[0]) ** 2)
+
+    with pytest.raises(training.DivergedError) as e:
+        train(
+            fj.fomaml(growing, optax.sgd(0.01), 1),
+            SAMPLE,
+            jnp.ones(1),
+            optax.sgd(1e38),
+            steps=100,
+            folder=tmp_path,
+            checkpoint_every=1,
+        )
+    assert np.isfinite(e.value.trained.state.params).all()
 
 
 @pytest.mark.parametrize(
@@ -309,6 +327,7 @@ def assert_bitwise(found, expected):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no checkpoint")
 @pytest.mark.parametrize("every", [1, 5, datetime.timedelta(0)])
 def test_a_killed_run_ends_where_it_would_have_ended(tmp_path, monkeypatch, every):
     whole = train(**RUN, folder=tmp_path / "whole")
@@ -362,7 +381,29 @@ def test_half_a_line_of_metrics_is_dropped(tmp_path):
 
 
 def test_resuming_without_a_checkpoint_begins_at_the_start(tmp_path):
-    assert_bitwise(train(**RUN, folder=tmp_path, resume=True).state, train(**RUN).state)
+    new = tmp_path / "not" / "there"
+    whole = train(**RUN)
+    assert_bitwise(train(**RUN, folder=new, resume=True).state, whole.state)
+    shutil.rmtree(new / "checkpoints")
+    with pytest.warns(UserWarning, match="has no checkpoint; training begins at the start"):
+        again = train(**RUN, folder=new, resume=True)
+    assert_bitwise(again.state, whole.state)
+    assert again.metrics == whole.metrics
+
+
+def test_a_loss_that_json_has_no_word_for_does_not_stop_a_resume(tmp_path):
+    halted(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(re.sub(r'"loss": [^,]+', '"loss": null', path.read_text()))
+    resumed = train(**RUN, folder=tmp_path, resume=True)
+    assert np.isnan(resumed.metrics[0]["loss"])
+    assert resumed.stopped == "finished"
+
+
+def test_numpy_integers_are_numbers_too(tmp_path):
+    numbers = {"steps": np.int64(23), "report_every": np.int32(4), "tasks_per_step": np.int64(4)}
+    found = train(**RUN | numbers, folder=tmp_path, checkpoint_every=np.int64(5))
+    assert found.metrics == train(**RUN).metrics
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
@@ -415,6 +456,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         ({"report_every": 0}, "report_every must be an integer of at least 1, got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
         ({"max_left_out": 1.5}, "max_left_out must be a share between 0 and 1, got 1.5"),
+        ({"resume": True}, "nothing to resume without a folder"),
         ({"patience": 2}, "patience counts scores; pass validate too"),
     ],
 )
