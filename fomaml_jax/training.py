@@ -191,12 +191,12 @@ def train(
         progress(name, total, "tasks", run.step * tasks_per_step) as tell,
     ):
         while (why := asked.to or plan.over(run) or told) is None:
-            called = time.monotonic()
+            called, before = time.monotonic(), run.step
             until = min(run.step + stride, plan.next_event(run.step))
             run.carry = jax.block_until_ready(advance(run.carry, until, run.reported))
             # What was there before is good if the tasks of the step after it were.
             good = latest if run.streak < run.step - latest.step else good
-            stride = _next_stride(stride, time.monotonic() - called)
+            stride = _next_stride(run.step - before, time.monotonic() - called)
             if run.streak >= DIVERGED_STEPS:
                 raise DivergedError(_advice(run.step, max_left_out), good.trained("stopped"))
             if plan.reports(run.step):
@@ -282,9 +282,9 @@ def _placed(carry: _Carry, mesh: Mesh | None) -> _Carry:
     return carry if mesh is None else jax.device_put(carry, NamedSharding(mesh, PartitionSpec()))
 
 
-def _next_stride(stride: int, seconds: float) -> int:
-    """How many steps the next call should take, after one of `stride` that took so long."""
-    return max(1, min(10 * stride, int(stride * CALL_SECONDS / max(seconds, 1e-6))))
+def _next_stride(taken: int, seconds: float) -> int:
+    """How many steps the next call may take, after one that took so many in so long."""
+    return max(1, min(10 * taken, int(taken * CALL_SECONDS / max(seconds, 1e-6))))
 
 
 @dataclasses.dataclass

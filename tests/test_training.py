@@ -150,6 +150,12 @@ def test_every_step_is_taken_once():
         assert params.item() == -row["step"]
 
 
+def test_any_number_of_short_calls():
+    trained = train(**LEVELS, steps=700, report_every=1)
+    assert len(trained.metrics) == 700
+    assert trained.state.params.item() == -700
+
+
 def test_tasks_left_out_are_counted_and_harm_nobody(capsys):
     def sometimes_nan(key):
         return jax.tree.map(lambda x: jnp.where(x < 0.4, jnp.nan, x), uniform_task(key))
