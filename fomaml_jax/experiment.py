@@ -87,15 +87,12 @@ def train(
     """
     keys = Keys.of(chosen.seed)
     runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
-    if resume:  # with more time, perhaps: what came out before is no longer the result
-        for name in (runs.RESULT, runs.PER_TASK):
-            (folder / name).unlink(missing_ok=True)
-    else:
+    if not resume:
         runs.save_parameters(folder, problem.params)
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = _meta_train(chosen, tuned, folder, keys, resume)
     params = trained.state.params if chosen.patience is None else trained.best
-    runs.save_parameters(folder, params)
+    _replace_parameters(folder, params)
     if trained.stopped in ("interrupted", "terminated"):
         raise StoppedError(trained.stopped, int(trained.state.step))
     judged = evaluate(chosen, problem, params)
@@ -203,7 +200,7 @@ def _meta_train(
 
     def follow(row: dict[str, Any], params: Params) -> None:
         if "validation" in row:
-            runs.save_parameters(folder, params)
+            _replace_parameters(folder, params)
         if chosen.tensorboard:
             if not boards:  # rows that a killed run had written beyond this one are purged
                 boards.append(stack.enter_context(_tensorboard(folder, row["step"])))
@@ -224,8 +221,15 @@ def _meta_train(
                 resume=resume,
             )
         except DivergedError as error:
-            runs.save_parameters(folder, error.trained.state.params)
+            _replace_parameters(folder, error.trained.state.params)
             raise
+
+
+def _replace_parameters(folder: Path, params: Params) -> None:
+    """Saves newer parameters; what the older ones came to, with less time perhaps, goes."""
+    for name in (runs.RESULT, runs.PER_TASK):
+        (folder / name).unlink(missing_ok=True)
+    runs.save_parameters(folder, params)
 
 
 def training_of(
@@ -260,7 +264,7 @@ def train_learner(
     *,
     tasks_per_step: int,
     tasks_at_once: TasksAtOnce,
-    **options: Any,
+    **follow: Any,
 ) -> Trained:
     """`train` with the tasks of a step shared out among this process's devices."""
     mesh = mesh_for(tasks_per_step)
@@ -274,7 +278,7 @@ def train_learner(
         key,
         tasks_per_step=tasks_per_step,
         mesh=mesh,
-        **options,
+        **follow,
     )
 
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fomaml_jax import checkpoints, refusals, runs, signals
+from fomaml_jax import checkpoints, runs, signals
+from fomaml_jax.agenda import Over, agenda_of
 from fomaml_jax.checkpoints import Checkpoint, CheckpointError
 from fomaml_jax.learner import MetaLearner, MetaState
 from fomaml_jax.progress import progress
@@ -32,7 +33,7 @@ CALL_SECONDS = 1.0
 DIVERGED_STEPS = 10
 """After so many steps in a row that left out too many tasks, a run has diverged."""
 
-Why = Literal["finished", "out of time", "no improvement", "stopped", "interrupted", "terminated"]
+Why = Over | signals.Stop | Literal["stopped"]
 
 
 class Trained(NamedTuple):
@@ -160,8 +161,7 @@ def train(
         >>> trained.stopped, [row["step"] for row in trained.metrics]
         ('finished', [10, 20])
     """
-    tasks_per_step = operator.index(tasks_per_step)
-    plan = _planned(
+    agenda = agenda_of(
         tasks_per_step=tasks_per_step,
         steps=steps,
         tasks=tasks,
@@ -173,6 +173,7 @@ def train(
         checkpoint_every=checkpoint_every,
         max_left_out=max_left_out,
     )
+    tasks_per_step = operator.index(tasks_per_step)
     place = None if folder is None else Path(folder)
     run = _Run(_start(learner.init(params)), scored=validate is not None)
     identity = {"key": _key_numbers(key), "tasks_per_step": tasks_per_step}
@@ -182,7 +183,7 @@ def train(
         raise ValueError("there is nothing to resume without a folder; pass folder too")
     run.carry = _placed(run.carry, mesh)
     advance = _compiled(learner, sample_task, key, tasks_per_step, max_left_out)
-    total = None if plan.steps is None else plan.steps * tasks_per_step
+    total = None if agenda.steps is None else agenda.steps * tasks_per_step
     began, last_saved = time.monotonic() - run.seconds, time.monotonic()
     stride, told = 1, None
     good = latest = run.copied()
@@ -190,18 +191,20 @@ def train(
         signals.noticed(stop_on_signals) as asked,
         progress(name, total, "tasks", run.step * tasks_per_step) as tell,
     ):
-        while (why := asked.to or plan.over(run) or told) is None:
+        while (
+            why := asked.to or agenda.over(run.step, run.since_best, run.seconds) or told
+        ) is None:
             called, before = time.monotonic(), run.step
-            until = min(run.step + stride, plan.next_event(run.step))
+            until = min(run.step + stride, agenda.next_event(run.step))
             run.carry = jax.block_until_ready(advance(run.carry, until, run.reported))
             # What was there before is good if the tasks of the step after it were.
             good = latest if run.streak < run.step - latest.step else good
             stride = _next_stride(run.step - before, time.monotonic() - called)
             if run.streak >= DIVERGED_STEPS:
                 raise DivergedError(_advice(run.step, max_left_out), good.trained("stopped"))
-            if plan.reports(run.step):
+            if agenda.reports(run.step):
                 row = run.report(tasks_per_step)
-                if validate is not None and plan.scores(run.step):
+                if validate is not None and agenda.scores(run.step):
                     run.score(float(validate(run.params)), lower_is_better)
                 if place is not None:
                     runs.append_metrics(place, row)
@@ -210,7 +213,7 @@ def train(
             run.seconds = time.monotonic() - began
             latest = run.copied()
             tell(run.step * tasks_per_step, run.note())
-            due = plan.saves(run.step, time.monotonic() - last_saved)
+            due = agenda.saves(run.step, time.monotonic() - last_saved)
             if place is not None and due and run.streak == 0:  # else it may be what has diverged
                 run.save(place, identity)
                 last_saved = time.monotonic()
@@ -378,14 +381,14 @@ class _Run:
 
     def open(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
         """Goes on from the newest checkpoint, or begins in an empty folder."""
-        if not resume:
-            if (folder / CHECKPOINTS).exists() or (folder / runs.METRICS).exists():
-                raise ValueError(
-                    f"{folder} holds a run; pass resume=True to go on with it, or another folder"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            return
+        begun = (folder / CHECKPOINTS).exists() or (folder / runs.METRICS).exists()
+        if begun and not resume:
+            raise ValueError(
+                f"{folder} holds a run; pass resume=True to go on with it, or another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
+        if not begun:
+            return
         like = {"carry": self.carry, "best": self.best}
         found, damaged = checkpoints.newest(folder / CHECKPOINTS, like)
         for line in damaged:
@@ -397,102 +400,9 @@ class _Run:
             for name, value in notes.items():
                 setattr(self, name, value)
             self.saved = found.step
-        elif (folder / runs.METRICS).exists():
+        else:
             warnings.warn(f"{folder} has no checkpoint; training begins at the start", stacklevel=3)
         self.metrics = runs.cut_metrics(folder, self.step)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """When to do what, and when to stop."""
-
-    steps: int | None
-    seconds: float | None
-    patience: int | None
-    report_every: int
-    validate_every: int | None
-    checkpoint_every: int | datetime.timedelta
-
-    def over(self, run: _Run) -> Why | None:
-        """Why to stop now, if at all."""
-        if self.steps is not None and run.step >= self.steps:
-            return "finished"
-        if self.patience is not None and run.since_best >= self.patience:
-            return "no improvement"
-        if self.seconds is not None and run.seconds >= self.seconds:
-            return "out of time"
-        return None
-
-    def next_event(self, step: int) -> int:
-        """The step at which there is something to do again."""
-        intervals = (self.report_every, self.validate_every, self.checkpoint_every)
-        events = [step + n - step % n for n in intervals if isinstance(n, int)]
-        return min(events if self.steps is None else [*events, self.steps])
-
-    def scores(self, step: int) -> bool:
-        """Whether the parameters get a score."""
-        n = self.validate_every
-        return n is not None and (step % n == 0 or step == self.steps)
-
-    def reports(self, step: int) -> bool:
-        """Whether there is a row of metrics."""
-        return step % self.report_every == 0 or step == self.steps or self.scores(step)
-
-    def saves(self, step: int, seconds: float) -> bool:
-        """Whether there is a checkpoint, so many seconds after the last."""
-        every = self.checkpoint_every
-        if isinstance(every, datetime.timedelta):
-            return seconds >= every.total_seconds()
-        return step % every == 0
-
-
-def _planned(
-    *,
-    tasks_per_step: int,
-    steps: int | None,
-    tasks: int | None,
-    seconds: float | None,
-    validates: bool,
-    validate_every: int | None,
-    patience: int | None,
-    report_every: int | None,
-    checkpoint_every: int | datetime.timedelta,
-    max_left_out: float,
-) -> _Plan:
-    """The plan, with what was not said chosen."""
-    given = {"tasks_per_step": tasks_per_step, "steps": steps, "tasks": tasks}
-    given |= {"validate_every": validate_every, "patience": patience}
-    given |= {"report_every": report_every}
-    if not isinstance(checkpoint_every, datetime.timedelta):
-        given |= {"checkpoint_every": checkpoint_every}
-    for name, value in given.items():
-        if value is not None:
-            refusals.check_at_least(name, value, 1)
-    steps, tasks, validate_every, patience, report_every = (
-        None if n is None else operator.index(n)
-        for n in (steps, tasks, validate_every, patience, report_every)
-    )
-    if not isinstance(checkpoint_every, datetime.timedelta):
-        checkpoint_every = operator.index(checkpoint_every)
-    if steps is None and tasks is None and seconds is None:
-        raise ValueError("nothing ends this training; pass steps, tasks or seconds")
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"seconds must be above 0, got {seconds}")
-    if not 0 <= max_left_out <= 1:
-        raise ValueError(f"max_left_out must be a share between 0 and 1, got {max_left_out}")
-    if patience is not None and not validates:
-        raise ValueError("patience counts scores; pass validate too")
-    budgets = [steps, None if tasks is None else -(-tasks // tasks_per_step)]
-    all_steps = min((n for n in budgets if n is not None), default=None)
-    in_all = all_steps or 20 * 500
-    return _Plan(
-        steps=all_steps,
-        seconds=seconds,
-        patience=patience,
-        report_every=report_every or max(1, min(in_all // 100, 500)),
-        validate_every=(validate_every or -(-in_all // 20)) if validates else None,
-        checkpoint_every=checkpoint_every,
-    )
 
 
 def _check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

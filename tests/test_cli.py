@@ -590,6 +590,11 @@ def test_patience_and_minutes(tmp_path):
     assert run.result["stopped"] == "out of time"
     assert 0 < run.result["tasks_seen"] < 6
     assert json.loads((tmp_path / "a/config.json").read_text())["minutes"] == 0.00001
+    spoiled = shutil.copytree(tmp_path / "a", tmp_path / "spoiled")
+    for path in (spoiled / "checkpoints").rglob("manifest.json"):
+        path.write_text("")
+    assert call("train", "--resume", spoiled, "--minutes", "60").code == 2
+    assert (spoiled / "result.json").exists()  # a refusal takes nothing away
     longer = call("train", "--resume", tmp_path / "a", "--minutes", "60")
     assert longer.code == 0
     assert json.loads((tmp_path / "a/config.json").read_text())["minutes"] == 60
@@ -618,6 +623,20 @@ def test_a_finished_run_whose_result_is_not_finite_is_shown_again(sinusoid, tmp_
     again = call("train", "--resume", folder)
     assert again.code == 0
     assert re.search(r"after 2 steps +nan ± nan", again.out)
+
+
+def test_tensorboard(sinusoid, tmp_path, monkeypatch):
+    run = trained(tmp_path / "run", "sinusoid", *TINY, "--eval-steps", "2", "--tensorboard")
+    assert run.metrics == sinusoid.metrics
+    (events,) = (run.folder / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for name in ("loss", "grad_norm", "left_out", "validation"):
+        assert name.encode() in content
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    missing = call("train", "sinusoid", "--tensorboard", "--out", tmp_path / "other")
+    assert missing.code == 2
+    assert missing.err.endswith('tensorboardX: pip install "fomaml-jax[tensorboard]"\n')
+    assert not (tmp_path / "other").exists()
 
 
 def test_options_of_the_optimizers(sinusoid, glyphs, tmp_path):

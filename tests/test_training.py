@@ -47,7 +47,7 @@ def train(
 ):
     """`fj.train` with the tasks shared out among the devices; what was reported beside it."""
     kwargs = {"steps": STEPS, "tasks_per_step": 4, "name": None} | kwargs
-    mesh = devices.mesh_for(kwargs["tasks_per_step"])
+    mesh = devices.mesh_for(int(kwargs["tasks_per_step"]))
     learner = devices.sampled_learner(
         meta_gradient, sample_task, optimizer or outer(), mesh=mesh, tasks_at_once=tasks_at_once
     )
@@ -241,7 +241,7 @@ def test_the_last_step_has_a_score():
     assert [row["step"] for row in trained.metrics if "validation" in row] == [2, 4, 5]
 
 
-def test_a_diverged_run_stops_with_advice_and_keeps_what_was_good():
+def test_a_diverged_run_stops_with_advice_and_keeps_what_was_good(tmp_path):
     def until_step_five(params, task):
         grads, info = of_level(params, task)
         fine = params[0] > -5
@@ -249,7 +249,9 @@ def test_a_diverged_run_stops_with_advice_and_keeps_what_was_good():
 
     wanted = LEVELS | {"meta_gradient": until_step_five}
     with pytest.raises(training.DivergedError, match=r"up to step 15, more than 50% .* clip") as e:
-        train(**wanted, steps=1000)
+        train(**wanted, steps=1000, folder=tmp_path, checkpoint_every=1)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == [4, 5]  # nothing that has diverged takes their place
     assert -5 < e.value.trained.state.params.item() <= 0
     finished = train(**wanted, steps=30, max_left_out=1.0)
     assert int(finished.state.step) == 30
@@ -459,6 +461,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"tasks": -1}, "tasks must be an integer of at least 1, got -1"),
         ({"seconds": 0}, "seconds must be above 0, got 0"),
+        ({"tasks_per_step": 2.5}, "tasks_per_step must be an integer of at least 1, got 2.5"),
         ({"report_every": 0}, "report_every must be an integer of at least 1, got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
         ({"max_left_out": 1.5}, "max_left_out must be a share between 0 and 1, got 1.5"),
