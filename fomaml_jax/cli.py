@@ -138,7 +138,8 @@ def _train(words: list[str]) -> None:
         if resumed is None:
             runs.check_new(folder, overwrite=chosen.overwrite)
         _keep_compiled_programs(chosen.compilation_cache)
-        problem = problems.build(chosen)
+        with _plain_warnings():
+            problem = problems.build(chosen)
         if resumed is None:
             runs.create(folder)
     going = f"into {folder}" if resumed is None else f"resumed in {folder}"
@@ -258,7 +259,8 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     }
     if "path" in changes and not hasattr(chosen, "path"):
         raise ValueError(f"--path: {options.name_of(chosen)} has no data to look for")
-    problem = problems.build(dataclasses.replace(chosen, **changes))
+    with _plain_warnings():
+        problem = problems.build(dataclasses.replace(chosen, **changes))
     params = runs.load_parameters(run, problem.params)
     return dataclasses.replace(chosen, **changes), problem, params
 

@@ -16,6 +16,7 @@ import optax
 from fomaml_jax import baselines, options, pictures, problems, runs, training
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.checkpoints import CheckpointError
+from fomaml_jax.datasets import digest
 from fomaml_jax.devices import mesh_for, sampled_learner, tune_sampled
 from fomaml_jax.evaluation import Evaluation, paired_difference
 from fomaml_jax.parallel import TasksAtOnce
@@ -86,9 +87,10 @@ def train(
         ValueError: for a run that cannot be resumed.
     """
     keys = Keys.of(chosen.seed)
-    runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
-    if not resume:
-        runs.save_parameters(folder, problem.params)
+    with runs.alone(folder):
+        runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
+        if not resume:
+            runs.save_parameters(folder, problem.params)
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = _meta_train(chosen, tuned, folder, keys, resume)
     params = trained.state.params if chosen.patience is None else trained.best
@@ -218,6 +220,7 @@ def _meta_train(
                 validate_every=-(-chosen.steps // VALIDATIONS),
                 on_report=follow,
                 folder=folder,
+                config=None if problem.splits is None else {"data": digest(problem.splits)},
                 resume=resume,
             )
         except DivergedError as error:

@@ -157,6 +157,10 @@ class Folder(ImageOptions):
     """Pictures are resized to size x size."""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """Files that are no pictures: stop at the first, or leave them out and say so."""
+    duplicates: Literal["refuse", "keep"] = "refuse"
+    """The same file in two splits: stop, or keep it and be judged on what was trained on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

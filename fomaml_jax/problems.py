@@ -240,7 +240,13 @@ def _load(chosen: options.ImageOptions) -> Splits:
         case options.Omniglot():
             return datasets.omniglot(chosen.path, split=chosen.split, download=not chosen.offline)
         case options.Folder():
-            return datasets.image_folder(chosen.path, size=chosen.size, channels=chosen.channels)
+            return datasets.image_folder(
+                chosen.path,
+                size=chosen.size,
+                channels=chosen.channels,
+                unreadable=chosen.unreadable,
+                duplicates=chosen.duplicates,
+            )
     raise TypeError(f"no pictures for {chosen}")
 
 

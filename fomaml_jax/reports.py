@@ -162,6 +162,13 @@ RESULT_COLUMNS = {
     "ended": lambda run: "" if run.result is None else run.result.get("stopped", ""),
 }
 
+LOSSES = {
+    "support_loss_first": (":", "support, before the first inner step"),
+    "support_loss_last": ("--", "support, before the last"),
+    "loss": ("-", "query, after the last"),
+}
+"""The losses in the metrics, with the lines they are drawn in."""
+
 CAPTIONS = {
     "learning_curves": "Learning curves",
     "accuracy_per_step": "Unseen tasks after each inner step",
@@ -170,20 +177,29 @@ CAPTIONS = {
 
 
 def learning_curves(found: Sequence[Finished]) -> Figure | None:
-    """Query loss on training tasks and the metric on validation tasks, against tasks seen."""
+    """Losses on training tasks and the metric on validation tasks, against tasks seen.
+
+    The query loss is drawn through, the support loss before the first and before the last inner
+    step dotted and dashed.
+    """
     if not any(run.metrics for run in found):
         return None
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run, colour in _coloured(found):
-        rows = [row for row in run.metrics if row["loss"] is not None]
-        left.plot([r["tasks"] for r in rows], [r["loss"] for r in rows], color=colour, lw=1)
-        rows = [row for row in rows if row.get("validation") is not None]
+        for name, (style, _) in LOSSES.items():
+            rows = [row for row in run.metrics if row.get(name) is not None]
+            points = [r["tasks"] for r in rows], [r[name] for r in rows]
+            left.plot(*points, color=colour, lw=1, ls=style)
+        rows = [row for row in run.metrics if row.get("validation") is not None]
         points = [r["tasks"] for r in rows], [r["validation"] for r in rows]
         right.plot(*points, color=colour, marker=".", label=run.name)
     if any((row["loss"] or 0) > 0 for run in found for row in run.metrics):
         left.set_yscale("log")
-    left.set(xlabel="training tasks seen", ylabel="query loss")
+    for style, label in LOSSES.values():
+        left.plot([], [], color="#555555", lw=1, ls=style, label=label)
+    left.legend(fontsize=8, frameon=False)
+    left.set(xlabel="training tasks seen", ylabel="loss, training tasks")
     right.set(xlabel="training tasks seen", ylabel=f"{metric(found[0])}, validation tasks")
     _finish(left, right)
     return figure

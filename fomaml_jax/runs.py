@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import jax
 import numpy as np
 
@@ -20,6 +25,7 @@ from fomaml_jax.types import Params
 CONFIG = "config.json"
 PARAMETERS = "parameters.npz"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
 PLAN = "plan.json"
 """What `--tune` measured, and what it chose."""
 
@@ -57,6 +63,36 @@ def create(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write a run to {folder}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder, which is made if need be.
+
+    The operating system lets go of it however the process ends. Where the file system knows no
+    locks, nothing is kept.
+
+    Raises:
+        ValueError: where another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with contextlib.ExitStack() as stack:
+        while fcntl is not None:
+            file = stack.enter_context(path.open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another process trains in {folder}; wait for it, or stop it"
+                ) from None
+            except OSError:
+                break
+            # Whoever had it before took the file away: then this is no longer the one to hold.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 @contextlib.contextmanager

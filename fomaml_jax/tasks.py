@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fomaml_jax import refusals
 from fomaml_jax.types import Task
@@ -125,7 +126,9 @@ def episodes(
 
     Raises:
         ValueError: for more ways than classes, more shots and queries than a class has examples,
-            counts below 1, or rotations of what is not a square picture.
+            counts below 1, pixels that are not finite, or rotations of what is not a square
+            picture.
+        TypeError: for what is not one array of numbers.
 
     Example:
         >>> import jax, numpy as np, fomaml_jax as fj
@@ -257,6 +260,12 @@ def _turn(image: jax.Array, turns: jax.Array) -> jax.Array:
 def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
     for name, value in {"ways": ways, "shots": shots, "queries": queries}.items():
         refusals.check_at_least(name, value, 1)
+    if not isinstance(images, jax.Array | np.ndarray) or images.dtype.kind in "OSUM":
+        found = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        raise TypeError(
+            f"images must be one array [classes, examples, ...] of numbers, got {found}; bring "
+            "pictures of different sizes to one size first, as datasets.image_folder does"
+        )
     if images.ndim < 2:
         raise ValueError(f"images must be [classes, examples, ...], got shape {images.shape}")
     if ways > images.shape[0]:
@@ -275,6 +284,21 @@ def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
         )
     if rotations:
         _check_square(images.shape)
+    _check_finite(images, counts)
+
+
+def _check_finite(images: jax.Array | np.ndarray, counts: jax.Array | np.ndarray | None) -> None:
+    if isinstance(images, Tracer) or not jnp.issubdtype(images.dtype, jnp.inexact):
+        return
+    finite = np.asarray(jnp.isfinite(images).reshape(*images.shape[:2], -1).all(-1))
+    real = True if counts is None else np.arange(images.shape[1]) < np.asarray(counts)[:, None]
+    wrong = np.argwhere(real & ~finite)
+    if len(wrong):
+        c, e = wrong[0]
+        raise ValueError(
+            f"images[{c}, {e}] has pixels that are not finite ({len(wrong)} examples in all); "
+            "leave such examples out"
+        )
 
 
 def _check_square(shape: tuple[int, ...]) -> None:

@@ -1,13 +1,15 @@
 """The outer loop: steps compiled together, followed, saved, and resumed where they stopped."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
+import json
 import math
 import operator
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +24,7 @@ from fomaml_jax.checkpoints import Checkpoint, CheckpointError
 from fomaml_jax.learner import MetaLearner, MetaState
 from fomaml_jax.progress import progress
 from fomaml_jax.tasks import task_keys
-from fomaml_jax.types import Params
+from fomaml_jax.types import Params, TaskInfo
 
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints in a run's folder."""
@@ -86,6 +88,7 @@ def train(
     report_every: int | None = None,
     on_report: Callable[[dict[str, Any], Params], Any] | None = None,
     folder: Path | str | None = None,
+    config: Mapping[str, Any] | None = None,
     checkpoint_every: int | datetime.timedelta = datetime.timedelta(minutes=2),
     resume: bool = False,
     max_left_out: float = 0.5,
@@ -125,9 +128,13 @@ def train(
         report_every: steps between two reports; a hundredth of all, at most 500, unless given.
         on_report: is given each row of metrics and the parameters, which it may keep; what is true
             of its result ends the run. Rows have `step`, `tasks`, `loss` (the mean query loss since
-            the last report), `grad_norm` (mean), `left_out` (tasks that were not finite) and, where
-            there is one, `validation`.
-        folder: where metrics and checkpoints go; nothing is written unless given.
+            the last report), `support_loss_first` and `support_loss_last` (the mean support loss
+            before the first and before the last inner step, if there is one), `grad_norm` (mean),
+            `left_out` (tasks that were not finite) and, where there is one, `validation`.
+        folder: where metrics and checkpoints go; nothing is written unless given. One process at a
+            time trains there.
+        config: what else makes the run what it is, by name, as plain JSON: rates, a digest of the
+            data. It goes into every checkpoint, and a run is resumed under the same one only.
         checkpoint_every: steps or time between two checkpoints.
         resume: goes on from the newest intact checkpoint in `folder`, from the start if there is
             none.
@@ -141,8 +148,10 @@ def train(
         A `Trained`.
 
     Raises:
-        ValueError: for no budget, numbers below one, a folder with a run in it (without `resume`),
-            a checkpoint of another problem, key or meta-batch, or where all are damaged.
+        ValueError: for no budget, numbers below one, a folder with a run in it (without `resume`)
+            or one that another process trains in, a checkpoint of another problem, key, meta-batch
+            or `config`, or where all are damaged.
+        TypeError: for a `config` that is not plain JSON.
         DivergedError: where a run has diverged; it holds what there was before.
 
     Warns:
@@ -177,20 +186,21 @@ def train(
     place = None if folder is None else Path(folder)
     run = _Run(_start(learner.init(params)), scored=validate is not None)
     identity = {"key": _key_numbers(key), "tasks_per_step": tasks_per_step}
-    if place is not None:
-        run.open(place, identity, resume)
-    elif resume:
+    identity |= json.loads(json.dumps(dict(config or {})))
+    if place is None and resume:
         raise ValueError("there is nothing to resume without a folder; pass folder too")
-    run.carry = _placed(run.carry, mesh)
     advance = _compiled(learner, sample_task, key, tasks_per_step, max_left_out)
     total = None if agenda.steps is None else agenda.steps * tasks_per_step
-    began, last_saved = time.monotonic() - run.seconds, time.monotonic()
-    stride, told = 1, None
-    good = latest = run.copied()
-    with (
-        signals.noticed(stop_on_signals) as asked,
-        progress(name, total, "tasks", run.step * tasks_per_step) as tell,
-    ):
+    with contextlib.ExitStack() as stack:
+        if place is not None:
+            stack.enter_context(runs.alone(place))
+            run.open(place, identity, resume)
+        run.carry = _placed(run.carry, mesh)
+        began, last_saved = time.monotonic() - run.seconds, time.monotonic()
+        stride, told = 1, None
+        good = latest = run.copied()
+        asked = stack.enter_context(signals.noticed(stop_on_signals))
+        tell = stack.enter_context(progress(name, total, "tasks", run.step * tasks_per_step))
         while (
             why := asked.to or agenda.over(run.step, run.since_best, run.seconds) or told
         ) is None:
@@ -228,15 +238,31 @@ class _Carry(NamedTuple):
     meta: MetaState
     step: jax.Array
     loss: jax.Array
+    support_losses: jax.Array
     grad_norm: jax.Array
     left_out: jax.Array
     streak: jax.Array
     """Steps in a row, up to now, that left out too many tasks."""
 
 
+_SUMS = ("loss", "support_losses", "grad_norm", "left_out")
+
+
 def _start(meta: MetaState) -> _Carry:
     none = jnp.zeros((), jnp.int32)
-    return _Carry(meta, none, jnp.zeros(()), jnp.zeros(()), none, none)
+    return _Carry(meta, none, jnp.zeros(()), jnp.zeros(2), jnp.zeros(()), none, none)
+
+
+def _support_losses(tasks: TaskInfo) -> jax.Array:
+    """The mean over finite tasks before the first and before the last inner step, `[2]`.
+
+    NaN where there are none.
+    """
+    if np.ndim(tasks.support_losses) != 2 or tasks.support_losses.shape[1] == 0:
+        return jnp.full(2, jnp.nan)
+    ends = tasks.support_losses[:, jnp.array([0, -1])]
+    total = jnp.where(tasks.finite[:, None], ends, 0).sum(0)
+    return total / jnp.maximum(tasks.finite.sum(), 1).astype(total.dtype)
 
 
 def _compiled(
@@ -253,8 +279,8 @@ def _compiled(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(carry: _Carry, until: int, reported: bool) -> _Carry:
-        sums = (carry.loss, carry.grad_norm, carry.left_out)
-        loss, grad_norm, left_out = (jnp.where(reported, jnp.zeros_like(x), x) for x in sums)
+        sums = {name: getattr(carry, name) for name in _SUMS}
+        begin = {name: jnp.where(reported, jnp.zeros_like(x), x) for name, x in sums.items()}
 
         def unfinished(carry: _Carry) -> jax.Array:
             return (carry.step < until) & (carry.streak < DIVERGED_STEPS)
@@ -268,13 +294,13 @@ def _compiled(
                 meta,
                 carry.step + 1,
                 carry.loss + info.loss.astype(carry.loss.dtype),
+                carry.support_losses + _support_losses(info.tasks).astype(carry.loss.dtype),
                 carry.grad_norm + info.grad_norm.astype(carry.grad_norm.dtype),
                 carry.left_out + left_out,
                 jnp.where(too_many, carry.streak + 1, 0),
             )
 
-        begin = carry._replace(loss=loss, grad_norm=grad_norm, left_out=left_out)
-        return jax.lax.while_loop(unfinished, body, begin)
+        return jax.lax.while_loop(unfinished, body, carry._replace(**begin))
 
     return advance
 
@@ -339,6 +365,10 @@ class _Run:
         count, left_out = self.step - self.last_report, int(self.carry.left_out)
         row = {"step": self.step, "tasks": self.step * tasks_per_step}
         row |= {"loss": float(self.carry.loss) / count}
+        support = np.asarray(self.carry.support_losses) / count
+        if not np.isnan(support).all():
+            names = ("support_loss_first", "support_loss_last")
+            row |= dict(zip(names, support.tolist(), strict=True))
         row |= {"grad_norm": float(self.carry.grad_norm) / count, "left_out": left_out}
         self.left_out += left_out
         self.last_report = self.step
@@ -406,10 +436,11 @@ class _Run:
 
 
 def _check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if saved.get(name) != value:
+    for name in saved | now:
+        before, after = saved.get(name), now.get(name)
+        if before != after:
             raise CheckpointError(
-                f"the run in {folder} is another one: {name} was {saved.get(name)}, now {value}"
+                f"the run in {folder} is another one: {name} was {before}, now {after}"
             )
 
 

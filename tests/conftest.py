@@ -1,10 +1,17 @@
 """A strict JAX for every test: no silent promotion of dtypes or ranks, and two CPU devices."""
 
+import contextlib
+import dataclasses
 import os
 from pathlib import Path
 
 import jax
 import pytest
+from command_line import SMALL_GLYPHS, TINY, SmallNetwork, call, noise, trained
+from jax.experimental.compilation_cache import compilation_cache
+
+from fomaml_jax import baselines, datasets, experiment, problems
+from fomaml_jax.datasets import Splits
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -40,3 +47,43 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def kept_compiles(quick_compiles, tmp_path_factory):
+    """What one test compiled serves the next."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def small_world(kept_compiles):
+    """A small network learns small pictures, so that a run takes seconds."""
+    small = Splits(noise(8), noise(5), noise(7))
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(problems, "network", lambda chosen, n: SmallNetwork(n, chosen.width))
+        patch.setattr(datasets, "glyphs", lambda: small)
+        patch.setattr(experiment, "VALIDATION_TASKS", 4)
+        patch.setattr(baselines, "FINE_TUNING_FACTORS", (1.0,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def glyphs(small_world, tmp_path_factory):
+    """A run of the default data set, into the default folder, with everything it draws."""
+    home = tmp_path_factory.mktemp("glyphs")
+    with contextlib.chdir(home):
+        run = call("train", *SMALL_GLYPHS)
+    assert run.code == 0, run.err
+    (folder,) = (home / "runs").iterdir()
+    return dataclasses.replace(run, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def sinusoid(small_world, tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("sinusoid"), "sinusoid", *TINY, "--eval-steps", "2")

@@ -16,7 +16,7 @@ import pytest
 from problems import assert_close, network, network_problem
 
 import fomaml_jax as fj
-from fomaml_jax import checkpoints, devices, training
+from fomaml_jax import checkpoints, devices, runs, training
 from fomaml_jax.tasks import task_keys
 
 pytestmark = [
@@ -65,7 +65,7 @@ def mean(trees):
 
 
 def plain_loop(num_tasks):
-    """Parameters, loss and norm of the gradient at each step, task by task."""
+    """Parameters, losses and norm of the gradient at each step, task by task."""
     one_task = jax.jit(lambda params, key: FOMAML(params, SAMPLE(key)))
     optimizer, params, seen = outer(), PARAMS, []
     state = optimizer.init(params)
@@ -76,15 +76,19 @@ def plain_loop(num_tasks):
         norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(mean(grads))))
         updates, state = optimizer.update(mean(grads), state, params)
         params = optax.apply_updates(params, updates)
-        seen.append((params, float(mean([i.query_loss for i in infos])), norm))
+        support = mean([i.support_losses for i in infos])
+        row = {"loss": mean([i.query_loss for i in infos]), "grad_norm": norm}
+        row |= {"support_loss_first": support[0], "support_loss_last": support[-1]}
+        seen.append((params, row))
     return seen
 
 
 def test_training_is_a_plain_loop():
     trained, seen = followed()
-    for (params, row), (reference, loss, norm) in zip(seen, plain_loop(4), strict=True):
+    for (params, row), (reference, expected) in zip(seen, plain_loop(4), strict=True):
         assert_close(params, reference, 1e-5)
-        np.testing.assert_allclose([row["loss"], row["grad_norm"]], [loss, norm], rtol=1e-5)
+        for name, value in expected.items():
+            np.testing.assert_allclose(row[name], value, rtol=1e-5)
     assert_close(trained.state.params, reference, 1e-5)
     assert trained.best is trained.state.params
     assert (trained.best_score, trained.stopped) == (None, "finished")
@@ -452,6 +456,32 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         train(**RUN, folder=tmp_path, resume=True, params=wider)
     with pytest.raises(ValueError, match="is of another problem"):
         train(**RUN, folder=tmp_path, resume=True, optimizer=optax.sgd(0.1))
+
+
+def test_other_data_are_not_resumed_on(tmp_path):
+    train(**RUN, folder=tmp_path, config={"data": "one", "sizes": (1, 2)})
+    again = train(**RUN, folder=tmp_path, resume=True, config={"data": "one", "sizes": [1, 2]})
+    assert int(again.state.step) == RUN["steps"]
+    with pytest.raises(ValueError, match="is another one: data was one, now two"):
+        train(**RUN, folder=tmp_path, resume=True, config={"data": "two", "sizes": [1, 2]})
+    with pytest.raises(ValueError, match="is another one: data was one, now None"):
+        train(**RUN, folder=tmp_path, resume=True)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        train(**RUN, config={"rate": jnp.ones(3)})
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    with runs.alone(tmp_path), pytest.raises(ValueError, match=f"another .* trains in {tmp_path}"):
+        train(**RUN, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    train(**RUN, folder=tmp_path)
+    with runs.alone(tmp_path), pytest.raises(ValueError, match="another process trains"):
+        train(**RUN, folder=tmp_path, resume=True)
+
+
+def test_losses_without_inner_steps():
+    (row, *_) = train(meta_gradient=fj.fomaml(network, optax.sgd(0.1), 0)).metrics
+    assert row.keys() == {"step", "tasks", "loss", "grad_norm", "left_out"}
 
 
 @pytest.mark.parametrize(

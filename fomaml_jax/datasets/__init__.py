@@ -3,6 +3,6 @@
 from fomaml_jax.datasets._glyphs import glyphs
 from fomaml_jax.datasets._image_folder import image_folder
 from fomaml_jax.datasets._omniglot import omniglot
-from fomaml_jax.datasets._types import ImageClasses, Splits
+from fomaml_jax.datasets._types import ImageClasses, Splits, digest
 
-__all__ = ["ImageClasses", "Splits", "glyphs", "image_folder", "omniglot"]
+__all__ = ["ImageClasses", "Splits", "digest", "glyphs", "image_folder", "omniglot"]

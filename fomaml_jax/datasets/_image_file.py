@@ -17,6 +17,8 @@ def read_image(file: Path, size: int, channels: int) -> np.ndarray:
 
 def _upright(file: Path, size: int) -> Image.Image:
     """The picture turned as its EXIF orientation says."""
+    if not file.is_file():  # and not to be opened: a pipe would be waited for
+        raise ValueError(f"{file} is not a file, expected a picture: remove or replace it")
     try:
         with Image.open(file) as image:
             # Only JPEG minds: it decodes a large photograph straight to a few times what is needed.

@@ -1,8 +1,10 @@
 """The user's own pictures: one folder a class."""
 
 import itertools
+import math
 import numbers
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -10,7 +12,13 @@ from typing import Literal
 import numpy as np
 
 from fomaml_jax.datasets._checks import check_choice, check_folder, cli_extra, whole_number
-from fomaml_jax.datasets._class_folders import EXPECTED, Files, dealt_splits, given_splits
+from fomaml_jax.datasets._class_folders import (
+    EXPECTED,
+    Files,
+    check_no_duplicates,
+    dealt_splits,
+    given_splits,
+)
 from fomaml_jax.datasets._types import ImageClasses, Splits
 
 
@@ -22,6 +30,8 @@ def image_folder(
     validation: float = 0.15,
     test: float = 0.2,
     seed: int = 0,
+    unreadable: Literal["refuse", "skip"] = "refuse",
+    duplicates: Literal["refuse", "keep"] = "refuse",
 ) -> Splits:
     """Your own pictures, one folder a class, in any format that Pillow opens.
 
@@ -44,6 +54,10 @@ def image_folder(
             holds that, but no validation folder. Zero for none.
         test: fraction of all classes to test on, unless `path` holds `test/`. Zero for none.
         seed: of the deal.
+        unreadable: what to do about a file that is no picture: "refuse" names the first, "skip"
+            leaves all such files out, and warns.
+        duplicates: what to do about the same file in two splits, which would have a model judged on
+            what it was trained on: "refuse" names the first, "keep" does not look.
 
     Returns:
         Images `[classes, examples, size, size, channels]` uint8. Classes are named as their
@@ -54,8 +68,11 @@ def image_folder(
         FileNotFoundError: a missing or empty folder, or no class folder.
         NotADirectoryError: `path` is a file.
         TypeError: `size` or `seed` is no whole number.
-        ValueError: too few classes, a class in two splits, a file that is no image, a folder where
-            an image should be, or an option out of range.
+        ValueError: too few classes, a class or a picture in two splits, a file that is no image, a
+            folder where an image should be, more than fits into memory, or an option out of range.
+
+    Warns:
+        UserWarning: for files that were left out.
 
     Example:
         >>> import pathlib, tempfile
@@ -63,7 +80,8 @@ def image_folder(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in ["bee", "cat", "dog", "elk", "fox", "gnu", "owl"]:
         ...         pathlib.Path(folder, name).mkdir()
-        ...         Image.new("RGB", (120, 90)).save(pathlib.Path(folder, name, "1.jpg"))
+        ...         picture = Image.new("RGB", (120, 90), (ord(name[0]), 0, 0))
+        ...         picture.save(pathlib.Path(folder, name, "1.png"))
         ...     train, validation, test = image_folder(folder, size=32)
         >>> train.images.shape, train.names
         ((3, 1, 32, 32, 3), ('bee', 'cat', 'gnu'))
@@ -71,31 +89,80 @@ def image_folder(
         (('dog', 'fox'), ('elk', 'owl'))
     """
     check_choice("channels", channels, (1, 3))
+    check_choice("unreadable", unreadable, ("refuse", "skip"))
+    check_choice("duplicates", duplicates, ("refuse", "keep"))
     size = whole_number("size", size, at_least=1)
     seed = whole_number("seed", seed, at_least=0)
     _check_fractions(validation=validation, test=test)
     folder = Path(path).expanduser()
     check_folder(folder, EXPECTED)
     splits = given_splits(folder, validation, seed) or dealt_splits(folder, validation, test, seed)
-    return Splits(*(read_classes(files, size, channels) for files in splits))
+    if duplicates == "refuse":
+        check_no_duplicates(splits)
+    return Splits(*(read_classes(f, size, channels, unreadable == "skip") for f in splits))
 
 
-def read_classes(files: Files, size: int, channels: int) -> ImageClasses:
+def read_classes(files: Files, size: int, channels: int, skip: bool = False) -> ImageClasses:
     """Reads the `files` of each class as `image_folder` does, filled up with zeros."""
     with cli_extra("image_folder()"):
         from fomaml_jax.datasets._image_file import read_image
 
     counts = np.array([len(examples) for examples in files.values()], np.int32)
-    images = np.zeros([len(counts), counts.max(initial=0), size, size, channels], np.uint8)
+    shape = (len(counts), counts.max(initial=0), size, size, channels)
+    _check_fits(shape, files)
+    images = np.zeros(shape, np.uint8)
+    is_read = np.zeros(shape[:2], bool)
 
-    def read(place: tuple[int, int], file: Path) -> None:
-        images[place] = read_image(file, size, channels)
+    def read(place: tuple[int, int], file: Path) -> ValueError | None:
+        try:
+            images[place] = read_image(file, size, channels)
+            is_read[place] = True
+        except ValueError as error:
+            if not skip:
+                raise
+            return error
+        return None
 
     places = [(c, e) for c, count in enumerate(counts) for e in range(count)]
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter's lock
-        for _ in pool.map(read, places, itertools.chain(*files.values())):
-            pass
+        found = list(pool.map(read, places, itertools.chain(*files.values())))
+    left_out = [error for error in found if error is not None]
+    if left_out:
+        more = f", and {len(left_out) - 1} more files" if len(left_out) > 1 else ""
+        warnings.warn(f"left out: {left_out[0]}{more}", stacklevel=3)
+        images, counts = _closed_up(images, is_read, files)
     return ImageClasses(images, counts, tuple(files))
+
+
+def _closed_up(
+    images: np.ndarray, is_read: np.ndarray, files: Files
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures that were read, first in their class, and how many there are."""
+    counts = is_read.sum(1, dtype=np.int32)
+    for c, (name, examples) in enumerate(files.items()):
+        if counts[c] == 0:
+            raise ValueError(
+                f"{examples[0].parent} holds no picture that can be read: remove the class {name}"
+            )
+        images[c, : counts[c]] = images[c, is_read[c]]
+        images[c, counts[c] :] = 0
+    return images[:, : counts.max()], counts
+
+
+def _check_fits(shape: tuple[int, ...], files: Files) -> None:
+    """Refuses what this machine's memory cannot hold, as one array with room for the longest."""
+    needed = math.prod(shape)
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows does not tell
+        return
+    if needed > there:
+        largest = max(files, key=lambda name: len(files[name]))
+        raise ValueError(
+            f"{shape[0]} classes of up to {shape[1]} pictures (as many as {largest} has) of "
+            f"{shape[2]} x {shape[3]} x {shape[4]} bytes need {needed / 1e9:.0f} GB, and this "
+            f"machine has {there / 1e9:.0f}: pass a smaller size, or split the largest classes"
+        )
 
 
 def _check_fractions(**fractions: float) -> None:

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,11 @@ from PIL import Image
 _DRAWERS = 20
 _SIDE = 105
 _FILTERS = {"smooth": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
+
+_LARGEST = 2**20
+"""Bytes of a drawing, which has some hundreds; what is larger is not unpacked any further."""
+_MOST = 100_000
+"""Members of an archive, which has some 20,000."""
 
 _Read = Callable[[str], bytes]
 
@@ -50,7 +56,7 @@ def _opened(source: Path) -> Iterator[tuple[Iterable[str], _Read]]:
     """The names of all files, beginning with that of the set, and a function to read one."""
     if source.is_dir():
         files = (file.relative_to(source.parent) for file in source.glob("*/*/*.png"))
-        yield map(Path.as_posix, files), lambda name: (source.parent / name).read_bytes()
+        yield map(Path.as_posix, files), lambda name: _start_of((source.parent / name).open("rb"))
         return
     try:
         archive = zipfile.ZipFile(source)
@@ -61,7 +67,24 @@ def _opened(source: Path) -> Iterator[tuple[Iterable[str], _Read]]:
             f" {source.name}: delete this copy and get it again"
         ) from error
     with archive:
-        yield archive.namelist(), archive.read
+        members = archive.namelist()
+        if len(members) > _MOST:
+            raise ValueError(
+                f"{source} has {len(members)} members, expected Omniglot's {source.name}, which "
+                f"has fewer than {_MOST}: get a new copy"
+            )
+        for name in members:
+            if name.startswith("/") or ".." in name.split("/"):
+                raise ValueError(
+                    f"{source} has the member {name!r}, which leads out of it: get a new copy"
+                )
+        yield members, lambda name: _start_of(archive.open(name))
+
+
+def _start_of(file: IO[bytes]) -> bytes:
+    """The content, or of one that is too large a little more than is allowed."""
+    with file:
+        return file.read(_LARGEST + 1)
 
 
 def _by_character(members: Iterable[str], folder: str) -> dict[str, list[str]]:
@@ -92,17 +115,25 @@ def _check_complete(
 
 def _decode(source: Path, member: str, read: _Read) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(read(member)), formats=["PNG"])
-        image.load()
+        content = read(member)
+        image = Image.open(io.BytesIO(content), formats=["PNG"])
+        as_expected = image.size == (_SIDE, _SIDE) and image.mode == "1"
+        if as_expected and len(content) <= _LARGEST:
+            image.load()
     except Exception as error:  # damaged bytes make zipfile, zlib and Pillow raise nearly anything
         raise ValueError(
             f"{member} in {source} cannot be read ({type(error).__name__}), expected a PNG of"
             f" {_SIDE} x {_SIDE} one-bit pixels: get a new copy"
         ) from error
-    if image.size != (_SIDE, _SIDE) or image.mode != "1":
+    if not as_expected:
         raise ValueError(
             f"{member} in {source} is a picture of {image.width} x {image.height} pixels in mode"
             f" {image.mode!r}, expected {_SIDE} x {_SIDE} in mode '1'"
+        )
+    if len(content) > _LARGEST:
+        raise ValueError(
+            f"{member} in {source} has more than {_LARGEST} bytes, expected some hundred: get a"
+            " new copy"
         )
     return image
 

@@ -1,0 +1,229 @@
+"""What the command line refuses: in one line, with exit code 2, and nothing is left or lost."""
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+
+import pytest
+from command_line import call
+
+from fomaml_jax import cli
+
+pytestmark = pytest.mark.usefixtures("small_world")
+
+# Refusals: of words, that the parser finds (its texts are its own; ours follow further below).
+
+PARSER = {
+    "an unknown option": ("train glyphs --wyas 3", "--wyas"),
+    "an option of another data set": ("train sinusoid --ways 3", "--ways"),
+    "a word too many": ("train glyphs letters", "letters"),
+    "a word for a number": ("train glyphs --ways five", "'five'"),
+    "a fraction for a count": ("train sinusoid --shots 1.5", "'1.5'"),
+    "a word for a rate": ("train glyphs --rate fast", "'fast'"),
+    "an unknown choice": ("train glyphs --pooling mean", "'mean'"),
+    "an unknown split": ("train omniglot --split test", "'test'"),
+    "two channels": ("train folder --path . --channels 2", "'2'"),
+    "no value": ("train glyphs --out", "--out"),
+    "no path": ("train folder", "--path"),
+    "no run": ("evaluate", "PATH"),
+    "an unknown option of evaluate": ("evaluate here --ways 3", "--ways"),
+}
+
+
+class Terminal(io.StringIO):
+    """Colours and box characters, or neither."""
+
+    def __init__(self, encoding):
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self):
+        return self._encoding
+
+    def isatty(self):
+        return self._encoding == "utf-8"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(("words", "named"), PARSER.values(), ids=PARSER)
+def test_words_are_refused_in_one_plain_line(words, named, encoding, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out, err = Terminal(encoding), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words.split())
+    command = words.split(" --")[0].removesuffix(" here").removesuffix(" letters")
+    assert stop.value.code == 2
+    assert out.getvalue() == ""
+    line = err.getvalue()
+    assert re.fullmatch(rf"fomaml-jax: [ -~]+ \(see fomaml-jax {command} --help\)\n", line)
+    assert named in line
+    assert not re.search(r"--- |  |Perhaps|helptext", line)
+    assert not list(tmp_path.iterdir())
+
+
+# Refusals: of what the words mean. The scene is a folder with a file, an empty and a full folder.
+
+COUNT = "must be an integer of at least"
+RATE = "must be a finite number above 0, got"
+CHECKPOINTS = "--checkpoint-every must be steps (a number above 0) or time (30s, 5min, 1h), got"
+RESUMED = "leave it out to resume the run, or start another"
+IMAGES = "one folder a class with its images, or train/ and test/ with such folders"
+ARCHIVES = (
+    "a folder with Omniglot's images_background.zip and images_evaluation.zip, or both unpacked"
+)
+REFUSED = {
+    "trian": "unknown command 'trian'; there are train, evaluate and report",
+    "report": "report needs at least one run",
+    "report nowhere": "nowhere is not a run: it has no config.json",
+    "report run empty": "empty is not a run: it has no config.json",
+    "train mnist": "unknown data set 'mnist'; there are glyphs, omniglot, sinusoid, folder",
+    "train ''": "unknown data set ''; there are glyphs, omniglot, sinusoid, folder",
+    "train glyphs --ways 0": f"--ways {COUNT} 1, got 0",
+    "train glyphs --shots -1": f"--shots {COUNT} 1, got -1",
+    "train glyphs --queries 0": f"--queries {COUNT} 1, got 0",
+    "train --steps 0": f"--steps {COUNT} 1, got 0",
+    "train sinusoid --tasks-per-step 0": f"--tasks-per-step {COUNT} 1, got 0",
+    "train glyphs --inner-steps -1": f"--inner-steps {COUNT} 0, got -1",
+    "train glyphs --eval-tasks 1": f"--eval-tasks {COUNT} 2, got 1",
+    "train glyphs --seed -1": f"--seed {COUNT} 0, got -1",
+    "train glyphs --seed 99999999999999999999": "--seed must be at most 2147483647, "
+    "got 99999999999999999999",
+    "train folder --path full --size 0": f"--size {COUNT} 1, got 0",
+    "train glyphs --inner-rate nan": f"--inner-rate {RATE} nan",
+    "train glyphs --rate inf": f"--rate {RATE} inf",
+    "train glyphs --head-rate -0.1": f"--head-rate {RATE} -0.1",
+    "train sinusoid --inner-clip 0": f"--inner-clip {RATE} 0.0",
+    "train glyphs --ways 8": "test split: ways=8 is more than the 7 classes there are",
+    "train glyphs --train-ways 9": "train split: ways=9 is more than the 8 classes there are",
+    "train glyphs --ways 2 --train-ways 2 --shots 3 --queries 4": "validation split: shots=3 plus "
+    "queries=4 is more than the 6 examples of the smallest class; ask for fewer, or leave that "
+    "class out",
+    "train glyphs --out file": "file is a file; pass --out with a folder, new or empty",
+    "train glyphs --out full": "full is not empty; pass --out with a folder, new or empty",
+    "train sinusoid --out file/run": "cannot write a run to file/run: Not a directory",
+    "train glyphs --max-left-out 2": "--max-left-out must be at most 1, got 2.0",
+    "train glyphs --minutes 0": f"--minutes {RATE} 0.0",
+    "train glyphs --checkpoint-every 0": f"{CHECKPOINTS} '0'",
+    "train glyphs --checkpoint-every 5days": f"{CHECKPOINTS} '5days'",
+    "train glyphs --checkpoint-every -3s": f"{CHECKPOINTS} '-3s'",
+    "train --resume": "--resume needs the folder of a run",
+    "train --resume nowhere": "nowhere is not a run: it has no config.json",
+    "train omniglot --resume run": "run is a run of glyphs, not of omniglot",
+    "train --resume run --steps 4": f"--steps: the run was started with 3, got 4; {RESUMED}",
+    "train --resume run --out other": f"--out: the run was started with None, got other; {RESUMED}",
+    "train --resume run --rate 0.5": f"--rate: the run was started with 0.01, got 0.5; {RESUMED}",
+    "train folder --path nowhere": f"nowhere does not exist, expected {IMAGES}",
+    "train folder --path empty": f"empty holds no class folders, expected {IMAGES}",
+    "train folder --path file": f"file is not a folder, expected {IMAGES}",
+    "train omniglot --path nowhere": f"nowhere does not exist, expected {ARCHIVES}",
+    "train omniglot --path empty": f"empty holds no Omniglot, expected {ARCHIVES}",
+    "evaluate nowhere": "nowhere is not a run: it has no config.json",
+    "evaluate empty": "empty is not a run: it has no config.json",
+    "evaluate file": "file is not a run: it has no config.json",
+    "evaluate run --eval-tasks 0": f"--eval-tasks {COUNT} 2, got 0",
+    "evaluate run --eval-steps 0": f"--eval-steps {COUNT} 1, got 0",
+    "evaluate run --path here": "--path: glyphs has no data to look for",
+}
+
+
+def words_of(line):
+    return ["" if word == "''" else word for word in line.split()]
+
+
+@pytest.fixture
+def scene(glyphs, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "result.json").touch()
+    shutil.copytree(glyphs.folder, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def everything(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def assert_refused(scene, words, message):
+    before = everything(scene)
+    run = call(*words)
+    assert (run.code, run.out, run.err) == (2, "", f"fomaml-jax: {message}\n")
+    assert everything(scene) == before
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused(scene, line):
+    assert_refused(scene, words_of(line), REFUSED[line])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_refused(scene):
+    (scene / "locked").mkdir(mode=0o500)
+    message = "cannot write a run to locked/run: Permission denied"
+    assert_refused(scene, ["train", "sinusoid", "--out", "locked/run"], message)
+
+
+# Refusals: of a run that something happened to.
+
+
+def write_config(**changes):
+    def write(run):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | changes))
+
+    return write
+
+
+def cut_parameters(run):
+    path = run / "parameters.npz"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+SPOILED = {
+    "configuration is no JSON": (
+        lambda run: (run / "config.json").write_text("{steps"),
+        r"run/config.json is not JSON: Expecting property name .*",
+    ),
+    "configuration is no object": (
+        lambda run: (run / "config.json").write_text("3"),
+        r"run/config.json is not a run's configuration: expected an object",
+    ),
+    "configuration names no data set": (
+        write_config(dataset="mnist"),
+        "the configuration names none of the data sets glyphs, omniglot, sinusoid, folder",
+    ),
+    "configuration of another version": (
+        write_config(zeal=1),
+        "the configuration's options differ from this version's: zeal",
+    ),
+    "numbers made impossible": (write_config(ways=-3), f"--ways {COUNT} 1, got -3"),
+    "parameters of another shape": (
+        write_config(width=5),
+        r"run/parameters.npz does not fit its configuration: \['params'\]\['body'\]\['bias'\] "
+        r"should be float32\[5\], found float32\[4\]",
+    ),
+    "parameters cut short": (
+        cut_parameters,
+        r"cannot read the parameters in run/parameters.npz: File is not a zip file",
+    ),
+    "parameters missing": (
+        lambda run: (run / "parameters.npz").unlink(),
+        r"cannot read the parameters in run/parameters.npz: .*No such file or directory.*",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED.values(), ids=SPOILED)
+def test_a_spoiled_run_is_refused(scene, spoil, message):
+    spoil(scene / "run")
+    run = call("evaluate", "run")
+    assert (run.code, run.out) == (2, "")
+    assert re.fullmatch(f"fomaml-jax: {message}\n", run.err)
