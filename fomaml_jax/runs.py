@@ -45,8 +45,13 @@ def check_new(folder: Path, *, overwrite: bool = False) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not _left_over(path) for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; pass --out with a folder, new or empty")
+
+
+def _left_over(path: Path) -> bool:
+    """Whether it is of a run that died before it had a configuration."""
+    return path.name == LOCK or path.name.startswith(f".{CONFIG}.")
 
 
 def create(folder: Path) -> None:

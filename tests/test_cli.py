@@ -326,6 +326,12 @@ def test_a_folder_of_pictures_is_learned_and_evaluated_where_it_is_moved_to(tmp_
     found = call("evaluate", run.folder, "--path", moved, "--eval-tasks", "4")
     assert rows_of(found.out) == rows_of(run.out)
 
+    (run.folder / "result.json").unlink()
+    shutil.copy(moved / "class 0" / "0.png", moved / "class 0" / "1.png")
+    refused = call("train", "--resume", run.folder, "--path", moved)
+    assert refused.code == 2
+    assert re.search(r"run is another one: data was \w{64}, now \w{64}\n$", refused.err)
+
 
 # Reports.
 

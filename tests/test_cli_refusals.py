@@ -1,14 +1,21 @@
 """What the command line refuses: in one line, with exit code 2, and nothing is left or lost."""
 
+import contextlib
 import io
 import json
 import os
 import re
+import resource
 import shutil
+import struct
 import sys
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
-from command_line import call
+from command_line import TINY, call, paint_classes, rows_of
+from PIL import Image
 
 from fomaml_jax import cli
 
@@ -169,6 +176,200 @@ def test_a_folder_that_may_not_be_written_is_refused(scene):
     (scene / "locked").mkdir(mode=0o500)
     message = "cannot write a run to locked/run: Permission denied"
     assert_refused(scene, ["train", "sinusoid", "--out", "locked/run"], message)
+
+
+# Refusals: of pictures. The scene is a folder of six classes, three pictures each.
+
+
+def write(name, content=b""):
+    def change(data):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_bytes(content)
+
+    return change
+
+
+def cut_picture(data):
+    path = data / "class 1" / "0.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def huge_picture(data):
+    """A small file that says it holds 3,600,000,000 pixels."""
+
+    def chunk(content):
+        return (
+            struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+        )
+
+    head = chunk(b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    write("class 1/0.png", b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT"))(data)
+
+
+def nan_picture(data):
+    pixels = np.full((8, 8), np.nan, np.float32)
+    Image.fromarray(pixels).save(data / "class 1" / "x.tif")
+
+
+def in_splits(data):
+    """Classes 0 to 2 to train on, 3 to 5 to be judged on."""
+    for c in range(6):
+        (data / ("train" if c < 3 else "test")).mkdir(exist_ok=True)
+        (data / f"class {c}").rename(data / ("train" if c < 3 else "test") / f"class {c}")
+
+
+def twice(data):
+    in_splits(data)
+    shutil.copy(data / "train" / "class 1" / "2.png", data / "test" / "class 4" / "again.png")
+
+
+def class_in_both(data):
+    in_splits(data)
+    shutil.copytree(data / "train" / "class 1", data / "test" / "class 1")
+
+
+def only(count):
+    return lambda data: [shutil.rmtree(data / f"class {c}") for c in range(count, 6)]
+
+
+def unreadable(error, name="class 1/0.png"):
+    return (
+        f"data/{name} cannot be read as an image ({error}), expected a picture that Pillow opens: "
+        "remove or replace the file"
+    )
+
+
+NO_FILE = "is not a file, expected a picture: remove or replace it"
+PICTURES = {
+    "a text": (write("class 1/0.png", b"text"), "", unreadable("UnidentifiedImageError")),
+    "an empty file": (write("class 1/0.png"), "", unreadable("UnidentifiedImageError")),
+    "half a picture": (cut_picture, "", unreadable("OSError")),
+    "a decompression bomb": (huge_picture, "", unreadable("DecompressionBombError")),
+    "pixels of nan": (
+        nan_picture,
+        "",
+        "data/class 1/x.tif has pixels from nan to nan in mode 'F', expected 8 or 16 bits: save it "
+        "as PNG",
+    ),
+    "a broken link": (
+        lambda data: (data / "class 1" / "link.png").symlink_to("nowhere"),
+        "",
+        f"data/class 1/link.png {NO_FILE}",
+    ),
+    "a link to itself": (
+        lambda data: (data / "class 1" / "link.png").symlink_to("link.png"),
+        "",
+        f"data/class 1/link.png {NO_FILE}",
+    ),
+    "a link to a folder": (
+        lambda data: (data / "class 1" / "up").symlink_to(".."),
+        "",
+        f"data/class 1 holds the folder up where images should be, expected {IMAGES}",
+    ),
+    "a device": (
+        lambda data: (data / "class 1" / "zero.png").symlink_to("/dev/zero"),
+        "",
+        f"data/class 1/zero.png {NO_FILE}",
+    ),
+    "a pipe": (
+        lambda data: os.mkfifo(data / "class 1" / "pipe.png"),
+        "",
+        f"data/class 1/pipe.png {NO_FILE}",
+    ),
+    "an empty class": (
+        lambda data: (data / "class 9").mkdir(),
+        "",
+        "data/class 9 is empty, expected the images of a class",
+    ),
+    "an empty class after skipping": (
+        write("class 9/0.png"),
+        "--unreadable skip",
+        "data/class 9 holds no picture that can be read: remove the class class 9",
+    ),
+    "one picture in two splits": (
+        twice,
+        "",
+        "data/train/class 1/2.png and data/test/class 4/again.png are the same picture in two "
+        "splits (1 such in all), so that a model would be judged on what it was trained on: remove "
+        "one of each, or pass duplicates='keep'",
+    ),
+    "one class in two splits": (
+        class_in_both,
+        "",
+        "data holds the class class 1 in two splits, expected every class in one: keep all class "
+        "folders in one folder and pass that, to have whole classes dealt out",
+    ),
+    "too few classes": (
+        only(3),
+        "",
+        "data holds too few class folders (class 0, class 1, class 2), expected at least 4: two to "
+        "train on and two others to test on, unless test=0",
+    ),
+    "too few pictures": (
+        lambda data: None,
+        "--queries 4",
+        "train split: shots=1 plus queries=4 is more than the 3 examples of the smallest class; "
+        "ask for fewer, or leave that class out",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words", "message"), PICTURES.values(), ids=PICTURES)
+def test_pictures_are_refused(tmp_path, monkeypatch, change, words, message):
+    monkeypatch.chdir(tmp_path)
+    paint_classes(Path("data"), 6)
+    change(Path("data"))
+    small = "--size 8 --train-ways 2 --ways 2 --queries 2 --out run"
+    run = call("train", "folder", "--path", "data", *small.split(), *words.split())
+    said = [line for line in run.err.splitlines() if "left out" not in line]
+    assert (run.code, run.out, said) == (2, "", [f"fomaml-jax: {message}"])
+    assert not Path("run").exists()
+
+
+def test_more_pictures_than_memory_are_refused(tmp_path):
+    data = paint_classes(tmp_path / "data", 6)
+    run = call("train", "folder", "--path", data, "--size", "9999999", "--out", tmp_path / "run")
+    assert run.code == 2
+    assert re.fullmatch(
+        r"fomaml-jax: \d classes of up to 3 pictures \(as many as class \d has\) of 9999999 x "
+        r"9999999 x 3 bytes need \d+ GB, and this machine has \d+: pass a smaller size, or split "
+        r"the largest classes\n",
+        run.err,
+    )
+
+
+# Refusals: of a disk on which no more than so many bytes of a file can be written.
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+TRAIN = ("train", "sinusoid", *TINY, "--eval-steps", "2", "--checkpoint-every", "1")
+
+
+@pytest.mark.parametrize("size", [0, 100, 2_000, 25_000])
+def test_a_full_disk_loses_nothing(size, sinusoid, tmp_path):
+    with files_of_at_most(size):
+        stopped = call(*TRAIN, "--out", tmp_path / "run")
+    assert (stopped.code, stopped.out) == (2, "")
+    line = stopped.err.splitlines()[-1]
+    assert re.match(r"fomaml-jax: .*(File too large|cannot write|EFBIG)", line), stopped.err
+    assert "Traceback" not in stopped.err
+    begun = (tmp_path / "run" / "config.json").exists()
+    again = (
+        call("train", "--resume", tmp_path / "run")
+        if begun
+        else call(*TRAIN, "--out", tmp_path / "run")
+    )
+    assert again.code == 0, again.err
+    assert rows_of(again.out) == rows_of(sinusoid.out)
 
 
 # Refusals: of a run that something happened to.

@@ -1,12 +1,13 @@
 """Image folders: every picture read as it looks, whole classes split, mistakes named."""
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fomaml_jax.datasets import image_folder
+from fomaml_jax.datasets import digest, image_folder
 
 ORANGE = (230, 120, 20)
 
@@ -248,6 +249,56 @@ def test_only_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
     image = read(tmp_path, "x.gif", frames[0], save_all=True, append_images=frames[1:])
     assert (image == 255).all()
+
+
+# What is left out, or kept, if asked.
+
+
+@pytest.mark.parametrize("bad", [(0,), (1, 3), (0, 1, 2)])
+def test_unreadable_files_are_skipped_as_if_they_were_not_there(seven, bad):
+    for example in range(4):
+        save(seven / "c002" / f"{example}.png", Image.new("RGB", (9, 9), (50 + example, 0, 0)))
+    for example in bad:
+        (seven / "c002" / f"{example}.png").write_text("no picture")
+    more = rf", and {len(bad) - 1} more files$" if len(bad) > 1 else "replace the file$"
+    with pytest.warns(UserWarning, match=rf"^left out: .*/{bad[0]}\.png cannot be read.*{more}"):
+        skipped = image_folder(seven, size=4, unreadable="skip")
+    for example in bad:
+        (seven / "c002" / f"{example}.png").unlink()
+    without = image_folder(seven, size=4)
+    assert digest(skipped) == digest(without)
+    for one, other in zip(skipped, without, strict=True):
+        np.testing.assert_array_equal(one.images, other.images)
+
+
+def test_a_picture_may_be_twice_in_a_split_and_in_two_if_asked(seven):
+    given(train=3, test=3)(seven)
+    shutil.copy(seven / "train" / "c000" / "0.png", seven / "train" / "c001" / "1.png")
+    image_folder(seven, size=4)
+    shutil.copy(seven / "train" / "c000" / "0.png", seven / "test" / "c010" / "1.png")
+    with pytest.raises(ValueError, match="the same picture in two splits"):
+        image_folder(seven, size=4)
+    splits = image_folder(seven, size=4, duplicates="keep")
+    assert splits.test.counts.tolist() == [2, 1, 1]
+
+
+def test_the_digest_is_that_of_pixels_counts_names_and_splits(seven):
+    splits = image_folder(seven, size=4)
+    train = splits.train
+    other = train.images.copy()
+    other[-1, -1, -1, -1, -1] += 1
+    digests = [
+        digest(x)
+        for x in (
+            splits,
+            splits._replace(train=train._replace(images=other)),
+            splits._replace(train=train._replace(counts=train.counts - 1)),
+            splits._replace(train=train._replace(names=train.names[::-1])),
+            splits._replace(train=splits.test, test=train),
+        )
+    ]
+    assert len(set(digests)) == 5
+    assert digest(image_folder(seven, size=4)) == digests[0]
 
 
 # What is refused.

@@ -8,16 +8,18 @@ import http.server
 import io
 import os
 import shutil
+import struct
 import sys
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fomaml_jax.datasets import _omniglot, omniglot
+from fomaml_jax.datasets import _omniglot, _omniglot_drawings, omniglot
 
 BACKGROUND, EVALUATION = "images_background", "images_evaluation"
 SMALL = {BACKGROUND: {"Hebrew": 1, "Latin": 3}, EVALUATION: {"Gurmukhi": 1, "Tibetan": 2}}
@@ -373,6 +375,34 @@ def remove_both(folder):
     remove(folder)
 
 
+def make_a_bomb(folder):
+    """A drawing with a great many bytes behind it, which the archive packs into few."""
+    replace_first(picture(RNG) + bytes(3 * 2**20))(folder)
+
+
+def declare_a_bomb(folder):
+    """A drawing of a few bytes that says it has 3,600,000,000 pixels."""
+    content = bytearray(picture(RNG))
+    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    replace_first(bytes(content))(folder)
+
+
+def link(folder):
+    """A symbolic link as a member."""
+    with zipfile.ZipFile(folder / f"{BACKGROUND}.zip") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / f"{BACKGROUND}.zip", "w") as archive:
+        for i, (name, content) in enumerate(members.items()):
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (0o120777 if i == 0 else 0o100644) << 16
+            archive.writestr(info, b"/etc/passwd" if i == 0 else content)
+
+
+def multiply(folder):
+    rewrite(folder, lambda members: members.update({f"{BACKGROUND}/{i}": b"" for i in range(50)}))
+
+
 RNG = np.random.default_rng(0)
 
 
@@ -391,6 +421,13 @@ RNG = np.random.default_rng(0)
         (replace_first(picture(RNG)[:200]), ValueError, r"0001_01.png in .* cannot be read"),
         (replace_first(picture(RNG, 28)), ValueError, "28 x 28 pixels in mode '1', expected 105"),
         (replace_first(picture(RNG, 105, "L")), ValueError, "in mode 'L', expected 105 x 105 in"),
+        (make_a_bomb, ValueError, "0001_01.png in .* has more than 1048576 bytes, expected some"),
+        (declare_a_bomb, ValueError, r"cannot be read \(DecompressionBombError\), expected a PNG"),
+        (link, ValueError, r"0001_01.png in .* cannot be read \(UnidentifiedImageError\)"),
+        (multiply, ValueError, "130 members, expected Omniglot's images_background.zip, which has"),
+        (add("../evil.png"), ValueError, "has the member '../evil.png', which leads out of it"),
+        (add("a/../../evil.png"), ValueError, "member 'a/../../evil.png', which leads out of it"),
+        (add("/etc/evil.png"), ValueError, "has the member '/etc/evil.png', which leads out of it"),
         (lose("Latin/character02/0002_05"), ValueError, "19 drawings of Latin/character02, .* 20"),
         (lose("Latin/character02"), ValueError, "3 characters, expected 4: Latin/character02 is"),
         (
@@ -405,7 +442,8 @@ RNG = np.random.default_rng(0)
         ),
     ],
 )
-def test_refused_contents(small, cache, damage, error, message):
+def test_refused_contents(small, cache, damage, error, message, monkeypatch):
+    monkeypatch.setattr(_omniglot_drawings, "_MOST", 120)
     damage(small)
     with pytest.raises(error, match=message) as info:
         omniglot(small)

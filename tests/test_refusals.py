@@ -27,6 +27,14 @@ def over_tasks(tasks, **kwargs):
     return fj.over_tasks(fj.fomaml(network, SGD, 1), **kwargs)(PARAMS, tasks)
 
 
+def episodes(images, **kwargs):
+    return fj.tasks.episodes(images, **{"ways": 2, "shots": 1, "queries": 1} | kwargs)
+
+
+NAN_PIXELS = np.zeros((4, 5, 2))
+NAN_PIXELS[2, 1, 0] = np.nan
+
+
 def cut(tree, size):
     return jax.tree.map(lambda x: x[:size], tree)
 
@@ -151,6 +159,36 @@ REFUSED = {
         lambda: fj.tasks.episodes(np.zeros((4, 5, 2)), ways=5, shots=1, queries=1),
         ValueError,
         "ways=5 is more than the 4 classes there are",
+    ),
+    "no examples of a class": (
+        lambda: episodes(np.zeros((4, 5, 2)), counts=np.array([5, 5, 0, 5])),
+        ValueError,
+        "shots=1 plus queries=1 is more than the 0 examples of the smallest class",
+    ),
+    "pixels of nan": (
+        lambda: episodes(NAN_PIXELS),
+        ValueError,
+        r"images\[2, 1\] has pixels that are not finite \(1 examples in all\)",
+    ),
+    "pixels of nan on the device": (
+        lambda: episodes(jnp.asarray(NAN_PIXELS)),
+        ValueError,
+        r"images\[2, 1\] has pixels that are not finite",
+    ),
+    "pictures of different sizes": (
+        lambda: episodes([[np.zeros((8, 8)), np.zeros((9, 9))]] * 2),
+        TypeError,
+        "images must be one array .* of numbers, got list; bring pictures of different sizes to",
+    ),
+    "objects for pictures": (
+        lambda: episodes(np.full((4, 5, 2), None)),
+        TypeError,
+        "images must be one array .* of numbers, got object",
+    ),
+    "words for pictures": (
+        lambda: episodes(np.full((4, 5, 2), "word")),
+        TypeError,
+        "images must be one array .* of numbers, got <U4",
     ),
     "an unknown pooling": (
         lambda: fj.models.conv4(5, pooling="mean"),

@@ -5,6 +5,7 @@ import datetime
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,56 @@ def test_a_folder_without_configuration_is_not_a_run(tmp_path):
 
 
 # The folder of a new run.
+
+
+def test_a_new_run_goes_where_one_died_before_it_had_a_configuration(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.123.json").write_text("{")
+    runs.check_new(tmp_path)
+    (tmp_path / ".mine").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        runs.check_new(tmp_path)
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    with runs.alone(folder):
+        with pytest.raises(ValueError, match="another process trains in"), runs.alone(folder):
+            pass
+        assert (folder / ".lock").exists()
+    with runs.alone(folder):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_lock_whose_holder_died_is_no_obstacle(tmp_path):
+    (tmp_path / ".lock").touch()
+    with runs.alone(tmp_path):
+        pass
+
+
+def test_a_lock_that_was_taken_away_while_waiting_is_taken_anew(tmp_path, monkeypatch):
+    flock = runs.fcntl.flock
+
+    def removed_meanwhile(file, how):
+        flock(file, how)
+        monkeypatch.setattr(runs.fcntl, "flock", flock)
+        (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(runs.fcntl, "flock", removed_meanwhile)
+    with runs.alone(tmp_path), pytest.raises(ValueError, match="another"), runs.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("locks", [None, "broken"])
+def test_without_locks_nothing_is_kept(tmp_path, monkeypatch, locks):
+    if locks is None:
+        monkeypatch.setattr(runs, "fcntl", None)
+    else:
+        error = OSError(37, "No locks available")
+        monkeypatch.setattr(runs.fcntl, "flock", Mock(side_effect=error))
+    with runs.alone(tmp_path), runs.alone(tmp_path):
+        pass
 
 
 def test_a_new_run_goes_to_a_new_or_an_empty_folder(tmp_path):

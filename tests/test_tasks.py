@@ -69,6 +69,14 @@ def test_the_same_key_gives_the_same_task():
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+def test_padding_may_be_anything():
+    images = np.ones((4, 5, 2))
+    images[2, 3:] = np.nan
+    counts = np.array([5, 5, 3, 5])
+    task = fj.tasks.episodes(images, ways=4, shots=1, queries=2, counts=counts)(jax.random.key(0))
+    assert np.isfinite(task.query[0]).all()
+
+
 def test_padding_is_never_drawn():
     counts = np.array([5, 6, 5, 6, 5, 6, 5])
     task = draw(counts=counts)

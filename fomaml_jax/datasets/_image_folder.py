@@ -108,7 +108,7 @@ def read_classes(files: Files, size: int, channels: int, skip: bool = False) -> 
         from fomaml_jax.datasets._image_file import read_image
 
     counts = np.array([len(examples) for examples in files.values()], np.int32)
-    shape = (len(counts), counts.max(initial=0), size, size, channels)
+    shape = (len(counts), int(counts.max(initial=0)), size, size, channels)
     _check_fits(shape, files)
     images = np.zeros(shape, np.uint8)
     is_read = np.zeros(shape[:2], bool)
