@@ -300,7 +300,15 @@ OTHER_THAN_DEFAULT = {
     "omniglot": options.Omniglot(
         **SHARED, **IMAGES, path=Path("data"), split="background", offline=True
     ),
-    "folder": options.Folder(**SHARED, **IMAGES, path=Path("/data"), size=16, channels=1),
+    "folder": options.Folder(
+        **SHARED,
+        **IMAGES,
+        path=Path("/data"),
+        size=16,
+        channels=1,
+        unreadable="skip",
+        duplicates="keep",
+    ),
     "sinusoid": options.Sinusoid(**SHARED, compare=True, inner_clip=2.5),
 }
 DEFAULT = {
