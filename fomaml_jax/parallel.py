@@ -156,7 +156,7 @@ def in_chunks(
     if whole == size:  # one chunk needs no loop
         carry, out = step(carry, jax.tree.map(lambda x: x[:size], tasks))
     else:
-        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), tasks)
+        chunks = jax.tree.map(lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), tasks)
         carry, out = jax.lax.scan(step, carry, chunks)
         out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
     outs.append(out)

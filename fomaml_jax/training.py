@@ -184,7 +184,8 @@ def train(
     )
     tasks_per_step = operator.index(tasks_per_step)
     place = None if folder is None else Path(folder)
-    run = _Run(_start(learner.init(params)), scored=validate is not None)
+    with jax.transfer_guard_host_to_device("allow"):  # once, and meant
+        run = _Run(_start(learner.init(params)), scored=validate is not None)
     identity = {"key": _key_numbers(key), "tasks_per_step": tasks_per_step}
     identity |= json.loads(json.dumps(dict(config or {})))
     if place is None and resume:
@@ -206,7 +207,8 @@ def train(
         ) is None:
             called, before = time.monotonic(), run.step
             until = min(run.step + stride, agenda.next_event(run.step))
-            run.carry = jax.block_until_ready(advance(run.carry, until, run.reported))
+            limits = jax.device_put((np.int32(until), np.bool(run.reported)))
+            run.carry = jax.block_until_ready(advance(run.carry, *limits))
             # What was there before is good if the tasks of the step after it were.
             good = latest if run.streak < run.step - latest.step else good
             stride = _next_stride(run.step - before, time.monotonic() - called)
@@ -215,7 +217,7 @@ def train(
             if agenda.reports(run.step):
                 row = run.report(tasks_per_step)
                 if validate is not None and agenda.scores(run.step):
-                    run.score(float(validate(run.params)), lower_is_better)
+                    run.score(float(jax.device_get(validate(run.params))), lower_is_better)
                 if place is not None:
                     runs.append_metrics(place, row)
                 if on_report is not None and on_report(row, run.copied().params):
@@ -271,14 +273,14 @@ def _compiled(
     key: jax.Array,
     tasks_per_step: int,
     max_left_out: float,
-) -> Callable[[_Carry, int, bool], _Carry]:
+) -> Callable[[_Carry, jax.Array, jax.Array], _Carry]:
     """`(carry, until, reported)`: steps until that many are done, or the run has diverged.
 
     However many steps a call takes, the numbers are the same: the sums go from call to call.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def advance(carry: _Carry, until: int, reported: bool) -> _Carry:
+    def advance(carry: _Carry, until: jax.Array, reported: jax.Array) -> _Carry:
         sums = {name: getattr(carry, name) for name in _SUMS}
         begin = {name: jnp.where(reported, jnp.zeros_like(x), x) for name, x in sums.items()}
 
@@ -344,11 +346,11 @@ class _Run:
 
     @property
     def step(self) -> int:
-        return int(self.carry.step)
+        return int(jax.device_get(self.carry.step))
 
     @property
     def streak(self) -> int:
-        return int(self.carry.streak)
+        return int(jax.device_get(self.carry.streak))
 
     @property
     def reported(self) -> bool:
@@ -362,14 +364,15 @@ class _Run:
 
     def report(self, tasks_per_step: int) -> dict[str, Any]:
         """Adds a row on the steps since the last."""
-        count, left_out = self.step - self.last_report, int(self.carry.left_out)
+        sums = {name: jax.device_get(getattr(self.carry, name)) for name in _SUMS}
+        count, left_out = self.step - self.last_report, int(sums["left_out"])
         row = {"step": self.step, "tasks": self.step * tasks_per_step}
-        row |= {"loss": float(self.carry.loss) / count}
-        support = np.asarray(self.carry.support_losses) / count
+        row |= {"loss": float(sums["loss"]) / count}
+        support = sums["support_losses"] / count
         if not np.isnan(support).all():
             names = ("support_loss_first", "support_loss_last")
             row |= dict(zip(names, support.tolist(), strict=True))
-        row |= {"grad_norm": float(self.carry.grad_norm) / count, "left_out": left_out}
+        row |= {"grad_norm": float(sums["grad_norm"]) / count, "left_out": left_out}
         self.left_out += left_out
         self.last_report = self.step
         self.metrics.append(row)
