@@ -21,11 +21,12 @@ from fomaml_jax.devices import use_every_core
 def main() -> None:
     """Runs the benchmark from the command line."""
     parser = common.argument_parser(__doc__, settings=["20w1s"], repeats=15)
+    parser.add_argument("--algorithms", nargs="+", help="names; all unless given")
     asked = parser.parse_args()
     use_every_core()
     rows = []
     for name in asked.settings:
-        found = measure(common.setting_of(name, asked), asked.repeats)
+        found = measure(common.setting_of(name, asked), asked.repeats, asked.algorithms)
         print(common.table(COLUMNS, found) + "\n", flush=True)
         rows += found
     common.write("algorithm_costs", rows, asked.out)
@@ -74,11 +75,15 @@ def program_of(meta_gradient: fj.MetaGradient, shared: Any, task: fj.Task) -> An
     return jax.jit(meta_gradient).lower(shared, task).compile()
 
 
-def measure(setting: Setting, repeats: int) -> list[dict[str, Any]]:
-    """A row an algorithm."""
+def measure(setting: Setting, repeats: int, names: list[str] | None) -> list[dict[str, Any]]:
+    """A row an algorithm: all, or FOMAML and those of the names."""
     native, params, tasks = common.image_problem(setting)
     loss = fj.matmul_convolutions(native)
     found = algorithms(loss, params, setting.steps)
+    if unknown := sorted(set(names or ()) - set(found)):
+        raise SystemExit(f"--algorithms: there are {', '.join(found)}; not {', '.join(unknown)}")
+    if names:
+        found = {name: found[name] for name in found if name in ("FOMAML", *names)}
     calls = {
         name: common.over_devices(meta_gradient, shared, tasks)
         for name, (meta_gradient, shared) in found.items()
@@ -87,9 +92,7 @@ def measure(setting: Setting, repeats: int) -> list[dict[str, Any]]:
     one_task = jax.tree.map(lambda x: x[0], tasks)
     # Unrolled and native, because the count takes a loop for one pass through it.
     unrolled = algorithms(native, params, setting.steps, unroll=True)
-    flops = {
-        name: program_of(*unrolled[name], one_task).cost_analysis()["flops"] for name in unrolled
-    }
+    flops = {name: program_of(*unrolled[name], one_task).cost_analysis()["flops"] for name in found}
 
     def row(name: str) -> dict[str, Any]:
         planned = program_of(*found[name], one_task).memory_analysis()

@@ -34,7 +34,8 @@ class Agenda:
     def next_event(self, step: int) -> int:
         """The step at which there is something to do again."""
         intervals = (self.report_every, self.validate_every, self.checkpoint_every)
-        events = [step + n - step % n for n in intervals if isinstance(n, int)]
+        steps = [n for n in intervals if n is not None and not isinstance(n, datetime.timedelta)]
+        events = [step + n - step % n for n in steps]
         return min(events if self.steps is None else [*events, self.steps])
 
     def scores(self, step: int) -> bool:
@@ -80,6 +81,7 @@ def agenda_of(
     for name, value in given.items():
         if value is not None:
             refusals.check_at_least(name, value, 1)
+    tasks_per_step = operator.index(tasks_per_step)
     steps, tasks, validate_every, patience, report_every = (
         None if n is None else operator.index(n)
         for n in (steps, tasks, validate_every, patience, report_every)

@@ -195,7 +195,7 @@ def _fitted(path: Path, manifest: dict[str, Any], arrays: list[np.ndarray], like
     by_name = {name: array for (name, *_), array in zip(manifest["leaves"], arrays, strict=True)}
 
     def restored(name, leaf):
-        array = jnp.asarray(by_name[jax.tree_util.keystr(name)])
+        array = jax.device_put(by_name[jax.tree_util.keystr(name)])
         if not _is_key(leaf):
             return array
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
@@ -209,7 +209,7 @@ def _shown(kind: tuple[str, list[int]] | None) -> str:
 
 def _plain(leaf: Any) -> np.ndarray:
     """A leaf as numbers, PRNG keys too."""
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    return np.asarray(jax.device_get(jax.random.key_data(leaf) if _is_key(leaf) else leaf))
 
 
 def _is_key(leaf: Any) -> bool:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 try:
     import jax
@@ -71,6 +71,8 @@ class Evaluate:
     """Seed of the tasks; the run's, and so its very tasks, unless given."""
     path: Path | None = None
     """Where the data are now; where they were unless given."""
+    duplicates: Literal["refuse", "keep"] | None = None
+    """The same file in two splits; as in the run unless given."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs, so that the next evaluation starts sooner."""
 
@@ -140,14 +142,23 @@ def _train(words: list[str]) -> None:
         _keep_compiled_programs(chosen.compilation_cache)
         with _plain_warnings():
             problem = problems.build(chosen)
-        if resumed is None:
-            runs.create(folder)
-    going = f"into {folder}" if resumed is None else f"resumed in {folder}"
+    with contextlib.ExitStack() as stack:
+        with _refusing():
+            stack.enter_context(runs.alone(folder))
+            if resumed is None:
+                runs.check_new(folder, overwrite=chosen.overwrite)  # it may have filled meanwhile
+                runs.clear(folder)
+        _run(chosen, problem, folder, resume=resumed is not None)
+
+
+def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, resume: bool) -> None:
+    """Trains in a folder that is held alone, and says what came of it."""
+    going = f"resumed in {folder}" if resume else f"into {folder}"
     print(f"{options.name_of(chosen)}, {chosen.setting}, {going}", file=sys.stderr)
     resume_with = f"fomaml-jax train --resume {folder}"
     try:
         with _terminable(), _plain_warnings():
-            result = experiment.train(chosen, problem, folder, say=_say, resume=resumed is not None)
+            result = experiment.train(chosen, problem, folder, say=_say, resume=resume)
     except experiment.StoppedError as stop:
         code = INTERRUPTED if stop.why == "interrupted" else 0
         _stop(f"{stop}; all steps are saved in {folder}, go on with: {resume_with}", code)
@@ -254,11 +265,12 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     chosen = options.from_json(runs.read_config(run))
     changes = {
         name: value
-        for name in ("eval_tasks", "eval_steps", "seed", "path")
+        for name in ("eval_tasks", "eval_steps", "seed", "path", "duplicates")
         if (value := getattr(asked, name)) is not None
     }
-    if "path" in changes and not hasattr(chosen, "path"):
-        raise ValueError(f"--path: {options.name_of(chosen)} has no data to look for")
+    for name in ("path", "duplicates"):
+        if name in changes and not hasattr(chosen, name):
+            raise ValueError(f"--{name}: {options.name_of(chosen)} has no data to look for")
     with _plain_warnings():
         problem = problems.build(dataclasses.replace(chosen, **changes))
     params = runs.load_parameters(run, problem.params)

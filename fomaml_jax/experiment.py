@@ -86,15 +86,27 @@ def train(
             are saved.
         ValueError: for a run that cannot be resumed.
     """
-    keys = Keys.of(chosen.seed)
     with runs.alone(folder):
+        return _train(chosen, problem, folder, say, resume)
+
+
+def _train(
+    chosen: options.Options,
+    problem: Problem,
+    folder: Path,
+    say: Callable[[str], None],
+    resume: bool,
+) -> dict[str, Any]:
+    keys = Keys.of(chosen.seed)
+    if not resume:
         runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
-        if not resume:
-            runs.save_parameters(folder, problem.params)
+        runs.save_parameters(folder, problem.params)
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = _meta_train(chosen, tuned, folder, keys, resume)
     params = trained.state.params if chosen.patience is None else trained.best
-    _replace_parameters(folder, params)
+    runs.save_parameters(folder, params)
+    # Of a resumed run only now: had it been refused, this would not be its configuration.
+    runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
     if trained.stopped in ("interrupted", "terminated"):
         raise StoppedError(trained.stopped, int(trained.state.step))
     judged = evaluate(chosen, problem, params)
@@ -202,7 +214,8 @@ def _meta_train(
 
     def follow(row: dict[str, Any], params: Params) -> None:
         if "validation" in row:
-            _replace_parameters(folder, params)
+            runs.save_parameters(folder, params)
+            runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
         if chosen.tensorboard:
             if not boards:  # rows that a killed run had written beyond this one are purged
                 boards.append(stack.enter_context(_tensorboard(folder, row["step"])))
@@ -224,15 +237,8 @@ def _meta_train(
                 resume=resume,
             )
         except DivergedError as error:
-            _replace_parameters(folder, error.trained.state.params)
+            runs.save_parameters(folder, error.trained.state.params)
             raise
-
-
-def _replace_parameters(folder: Path, params: Params) -> None:
-    """Saves newer parameters; what the older ones came to, with less time perhaps, goes."""
-    for name in (runs.RESULT, runs.PER_TASK):
-        (folder / name).unlink(missing_ok=True)
-    runs.save_parameters(folder, params)
 
 
 def training_of(

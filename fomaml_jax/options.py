@@ -238,6 +238,7 @@ def checkpoint_interval(text: str) -> int | datetime.timedelta:
 
 FREE = (
     "path",
+    "duplicates",
     "offline",
     "compilation_cache",
     "compare",
@@ -294,6 +295,8 @@ def from_json(config: dict[str, Any]) -> Options:
         ValueError: for an unknown data set or option.
     """
     config = dict(config)
+    if config.get("dataset") == "folder":  # a run from before there was the choice has kept them
+        config.setdefault("duplicates", "keep")
     kind = DATA_SETS.get(config.pop("dataset", ""))
     if kind is None:
         raise ValueError(f"the configuration names none of the data sets {', '.join(DATA_SETS)}")

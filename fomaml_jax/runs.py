@@ -1,14 +1,14 @@
 """A run's folder: what is written there, whole or not at all, and how it is read back."""
 
 import contextlib
+import contextvars
 import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 try:
     import fcntl
@@ -54,50 +54,73 @@ def _left_over(path: Path) -> bool:
     return path.name == LOCK or path.name.startswith(f".{CONFIG}.")
 
 
-def create(folder: Path) -> None:
-    """Makes the folder of a new run, in the place of a run that `check_new` let pass.
-
-    Raises:
-        ValueError: where it cannot be written.
-    """
-    try:
-        if (folder / CONFIG).is_file():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write a run to {folder}: {error.strerror or error}") from None
+_HELD: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar("held", default=frozenset())
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in a folder, which is made if need be.
+    """Keeps everybody else from training in a folder, which is made if need be.
 
-    The operating system lets go of it however the process ends. Where the file system knows no
-    locks, nothing is kept.
+    Who holds it may ask again. The operating system lets go of it however the process ends; where
+    the file system knows no locks, nothing is kept.
 
     Raises:
-        ValueError: where another process trains there.
+        ValueError: where somebody else trains there, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    whole = folder.resolve()
+    if whole in _HELD.get():
+        yield
+        return
     with contextlib.ExitStack() as stack:
-        while fcntl is not None:
-            file = stack.enter_context(path.open("a"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder, stack)
+        except BlockingIOError:
+            raise InUseError(
+                f"another process trains in {folder}; wait for it, or stop it"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"cannot write a run to {folder}: {error.strerror or error}") from None
+        token = _HELD.set(_HELD.get() | {whole})
+        stack.callback(_HELD.reset, token)
+        yield
+
+
+class InUseError(ValueError):
+    """Somebody else trains in the folder."""
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    path = folder / LOCK
+    while True:
+        file = stack.enter_context(path.open("a"))
+        if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
-                    f"another process trains in {folder}; wait for it, or stop it"
-                ) from None
-            except OSError:
-                break
-            # Whoever had it before took the file away: then this is no longer the one to hold.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        stack.callback(path.unlink, missing_ok=True)
-        yield
+                raise
+            except OSError:  # a file system without locks
+                pass
+        # Whoever had it before took the file away: then this is no longer the one to hold.
+        if _is_at(path, file):
+            break
+    stack.callback(lambda: _is_at(path, file) and path.unlink(missing_ok=True))
+
+
+def _is_at(path: Path, file: IO[Any]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def clear(folder: Path) -> None:
+    """Takes away the run in a folder that `check_new` let pass and that is held alone."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -167,10 +190,31 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def save_parameters(folder: Path, params: Params) -> None:
-    """Saves a pytree of arrays, its key paths as names."""
-    named = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(params)}
+    """Saves a pytree of arrays, its key paths as names.
+
+    What other parameters came to before goes, once these are written.
+    """
+    found = jax.device_get(params)
+    named = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(found)}
+    if _holds(folder / PARAMETERS, named):
+        return
     with replacing(folder / PARAMETERS) as temporary:
         np.savez(temporary, allow_pickle=False, **named)
+        for name in (RESULT, PER_TASK):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _holds(path: Path, named: dict[str, np.ndarray]) -> bool:
+    """Whether a file has these very arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return set(file) == set(named) and all(
+                (file[name].dtype, file[name].shape, file[name].tobytes())
+                == (array.dtype, array.shape, array.tobytes())
+                for name, array in named.items()
+            )
+    except Exception:  # it is missing, or damaged in one of many ways
+        return False
 
 
 def load_parameters(folder: Path, like: Params) -> Params:

@@ -260,7 +260,8 @@ def _turn(image: jax.Array, turns: jax.Array) -> jax.Array:
 def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
     for name, value in {"ways": ways, "shots": shots, "queries": queries}.items():
         refusals.check_at_least(name, value, 1)
-    if not isinstance(images, jax.Array | np.ndarray) or images.dtype.kind in "OSUM":
+    kind = getattr(getattr(images, "dtype", None), "kind", "O")
+    if not isinstance(images, jax.Array | np.ndarray) or kind in "OSUMm":
         found = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
         raise TypeError(
             f"images must be one array [classes, examples, ...] of numbers, got {found}; bring "
@@ -288,9 +289,16 @@ def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
 
 
 def _check_finite(images: jax.Array | np.ndarray, counts: jax.Array | np.ndarray | None) -> None:
-    if isinstance(images, Tracer) or not jnp.issubdtype(images.dtype, jnp.inexact):
+    if not jnp.issubdtype(images.dtype, jnp.inexact) or isinstance(images, Tracer):
         return
-    finite = np.asarray(jnp.isfinite(images).reshape(*images.shape[:2], -1).all(-1))
+    if isinstance(images, np.ndarray):  # class by class: without a second array of that size
+        finite = np.array([np.isfinite(c).reshape(len(c), -1).all(-1) for c in images])
+    elif images.is_fully_addressable:
+        with jax.ensure_compile_time_eval():
+            each = jnp.isfinite(images).reshape(*images.shape[:2], -1).all(-1)
+            finite = np.asarray(jax.device_get(each))
+    else:
+        return
     real = True if counts is None else np.arange(images.shape[1]) < np.asarray(counts)[:, None]
     wrong = np.argwhere(real & ~finite)
     if len(wrong):

@@ -130,7 +130,8 @@ def train(
             of its result ends the run. Rows have `step`, `tasks`, `loss` (the mean query loss since
             the last report), `support_loss_first` and `support_loss_last` (the mean support loss
             before the first and before the last inner step, if there is one), `grad_norm` (mean),
-            `left_out` (tasks that were not finite) and, where there is one, `validation`.
+            `left_out` (tasks that were not finite) and, where there is one, `validation`. Means are
+            over finite tasks, and over the steps that had any; NaN where none had.
         folder: where metrics and checkpoints go; nothing is written unless given. One process at a
             time trains there.
         config: what else makes the run what it is, by name, as plain JSON: rates, a digest of the
@@ -151,7 +152,7 @@ def train(
         ValueError: for no budget, numbers below one, a folder with a run in it (without `resume`)
             or one that another process trains in, a checkpoint of another problem, key, meta-batch
             or `config`, or where all are damaged.
-        TypeError: for a `config` that is not plain JSON.
+        TypeError: for a `config` that is not plain JSON; a ValueError for NaN in it.
         DivergedError: where a run has diverged; it holds what there was before.
 
     Warns:
@@ -187,7 +188,7 @@ def train(
     with jax.transfer_guard_host_to_device("allow"):  # once, and meant
         run = _Run(_start(learner.init(params)), scored=validate is not None)
     identity = {"key": _key_numbers(key), "tasks_per_step": tasks_per_step}
-    identity |= json.loads(json.dumps(dict(config or {})))
+    identity |= {"config": json.loads(json.dumps(dict(config or {}), allow_nan=False))}
     if place is None and resume:
         raise ValueError("there is nothing to resume without a folder; pass folder too")
     advance = _compiled(learner, sample_task, key, tasks_per_step, max_left_out)
@@ -239,30 +240,31 @@ class _Carry(NamedTuple):
 
     meta: MetaState
     step: jax.Array
+    counted: jax.Array
+    """Steps with a task that was finite: those that the means are over."""
     loss: jax.Array
     support_losses: jax.Array
+    """Before the first and before the last inner step, and in how many steps there were any."""
     grad_norm: jax.Array
     left_out: jax.Array
     streak: jax.Array
     """Steps in a row, up to now, that left out too many tasks."""
 
 
-_SUMS = ("loss", "support_losses", "grad_norm", "left_out")
+_SUMS = ("counted", "loss", "support_losses", "grad_norm", "left_out")
 
 
 def _start(meta: MetaState) -> _Carry:
     none = jnp.zeros((), jnp.int32)
-    return _Carry(meta, none, jnp.zeros(()), jnp.zeros(2), jnp.zeros(()), none, none)
+    return _Carry(meta, none, none, jnp.zeros(()), jnp.zeros(3), jnp.zeros(()), none, none)
 
 
 def _support_losses(tasks: TaskInfo) -> jax.Array:
-    """The mean over finite tasks before the first and before the last inner step, `[2]`.
-
-    NaN where there are none.
-    """
-    if np.ndim(tasks.support_losses) != 2 or tasks.support_losses.shape[1] == 0:
-        return jnp.full(2, jnp.nan)
-    ends = tasks.support_losses[:, jnp.array([0, -1])]
+    """The mean over finite tasks before the first and before the last inner step, and 1; or 0."""
+    losses = tasks.support_losses
+    if np.ndim(losses) != 2 or losses.shape[1] == 0:
+        return jnp.zeros(3)
+    ends = jnp.stack([losses[:, 0], losses[:, -1], jnp.ones_like(losses[:, 0])], axis=1)
     total = jnp.where(tasks.finite[:, None], ends, 0).sum(0)
     return total / jnp.maximum(tasks.finite.sum(), 1).astype(total.dtype)
 
@@ -295,6 +297,7 @@ def _compiled(
             return _Carry(
                 meta,
                 carry.step + 1,
+                carry.counted + (info.num_finite > 0).astype(jnp.int32),
                 carry.loss + info.loss.astype(carry.loss.dtype),
                 carry.support_losses + _support_losses(info.tasks).astype(carry.loss.dtype),
                 carry.grad_norm + info.grad_norm.astype(carry.grad_norm.dtype),
@@ -365,14 +368,15 @@ class _Run:
     def report(self, tasks_per_step: int) -> dict[str, Any]:
         """Adds a row on the steps since the last."""
         sums = {name: jax.device_get(getattr(self.carry, name)) for name in _SUMS}
-        count, left_out = self.step - self.last_report, int(sums["left_out"])
+        count, left_out = int(sums["counted"]), int(sums["left_out"])
         row = {"step": self.step, "tasks": self.step * tasks_per_step}
-        row |= {"loss": float(sums["loss"]) / count}
-        support = sums["support_losses"] / count
-        if not np.isnan(support).all():
-            names = ("support_loss_first", "support_loss_last")
-            row |= dict(zip(names, support.tolist(), strict=True))
-        row |= {"grad_norm": float(sums["grad_norm"]) / count, "left_out": left_out}
+        row |= {"loss": float(sums["loss"]) / count if count else math.nan}
+        first, last, with_support = sums["support_losses"].tolist()
+        if with_support:
+            row |= {"support_loss_first": first / with_support}
+            row |= {"support_loss_last": last / with_support}
+        row |= {"grad_norm": float(sums["grad_norm"]) / count if count else math.nan}
+        row |= {"left_out": left_out}
         self.left_out += left_out
         self.last_report = self.step
         self.metrics.append(row)
@@ -439,17 +443,24 @@ class _Run:
 
 
 def _check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in saved | now:
-        before, after = saved.get(name), now.get(name)
+    before_and_now = [_flat(identity) for identity in (saved, now)]
+    for name in before_and_now[0] | before_and_now[1]:
+        before, after = (identity.get(name) for identity in before_and_now)
         if before != after:
             raise CheckpointError(
                 f"the run in {folder} is another one: {name} was {before}, now {after}"
             )
 
 
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """With what the caller had to say under names of its own."""
+    config = {f"config[{name!r}]": value for name, value in identity.get("config", {}).items()}
+    return {name: value for name, value in identity.items() if name != "config"} | config
+
+
 def _key_numbers(key: jax.Array) -> list[int]:
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(key) if typed else key).tolist()
+    return np.asarray(jax.device_get(jax.random.key_data(key) if typed else key)).tolist()
 
 
 def _advice(step: int, max_left_out: float) -> str:

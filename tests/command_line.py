@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import re
@@ -80,6 +81,16 @@ def rows_of(table):
     return [(name, float(mean), float(ci95)) for name, mean, ci95 in rows]
 
 
+@contextlib.contextmanager
+def held(folder):
+    """Another process trains in a folder."""
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    (folder / ".lock").unlink(missing_ok=True)
+
+
 def paint_classes(folder, count):
     rng = np.random.default_rng(0)
     for c in range(count):
@@ -88,3 +99,7 @@ def paint_classes(folder, count):
             pixels = rng.integers(0, 256, (10, 12, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"class {c}" / f"{e}.png")
     return folder
+
+
+def everything(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}

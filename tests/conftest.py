@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -16,6 +17,9 @@ from fomaml_jax.datasets import Splits
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -15,9 +15,12 @@ SHORT = {
     "time_shares": ["--settings", "5w1s", "--repeats", "1"],
     "peers": ["--settings", "5w1s", "sinusoid", "--tasks", "2", "--repeats", "1"],
     "frameworks": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
-    "memory": ["--steps", "1", "--tasks", "2"],
+    "memory": ["--steps", "1", "--tasks", "16"],  # one setting, that of both series
     "kills": ["--data", "glyphs", "--kills", "3", "--steps", "120", "--width", "4"],
-    "algorithm_costs": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
+    "algorithm_costs": [
+        *("--settings", "5w1s", "--tasks", "2", "--repeats", "1"),
+        *("--algorithms", "Reptile", "MAML, second order"),
+    ],
     "algorithms": [
         *("--data", "glyphs", "--steps", "5", "--ways", "3", "--eval-tasks", "2", "--width", "4"),
         *("--algorithms", "FOMAML", "LSLR, multi-step loss", "ProtoMAML"),

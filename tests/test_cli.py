@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from command_line import (
     SMALL_GLYPHS,
     TINY,
     call,
+    everything,
+    held,
     paint_classes,
     rows_of,
     trained,
@@ -28,7 +31,7 @@ from command_line import (
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from fomaml_jax import cli, experiment, options, problems, runs
+from fomaml_jax import cli, datasets, experiment, options, problems, runs
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -328,9 +331,11 @@ def test_a_folder_of_pictures_is_learned_and_evaluated_where_it_is_moved_to(tmp_
 
     (run.folder / "result.json").unlink()
     shutil.copy(moved / "class 0" / "0.png", moved / "class 0" / "1.png")
+    before = everything(run.folder)
     refused = call("train", "--resume", run.folder, "--path", moved)
     assert refused.code == 2
-    assert re.search(r"run is another one: data was \w{64}, now \w{64}\n$", refused.err)
+    assert everything(run.folder) == before
+    assert re.search(r"run is another one: config\['data'\] was \w{64}, now \w{64}\n$", refused.err)
 
 
 # Reports.
@@ -491,12 +496,52 @@ def test_patience_and_minutes(tmp_path):
     spoiled = shutil.copytree(tmp_path / "a", tmp_path / "spoiled")
     for path in (spoiled / "checkpoints").rglob("manifest.json"):
         path.write_text("")
+    before = everything(spoiled)
     assert call("train", "--resume", spoiled, "--minutes", "60").code == 2
-    assert (spoiled / "result.json").exists()  # a refusal takes nothing away
+    assert everything(spoiled) == before
     longer = call("train", "--resume", tmp_path / "a", "--minutes", "60")
     assert longer.code == 0
     assert json.loads((tmp_path / "a/config.json").read_text())["minutes"] == 60
     assert json.loads((tmp_path / "a/result.json").read_text())["stopped"] == "finished"
+
+
+def test_resuming_without_another_step_to_take_keeps_the_result(tmp_path, monkeypatch):
+    run = trained(tmp_path / "run", "sinusoid", *TINY, "--minutes", "0.00001")
+    before = everything(run.folder)
+    monkeypatch.setattr(experiment, "evaluate", Mock(side_effect=KeyboardInterrupt))
+    assert call("train", "--resume", run.folder).code == 130
+    assert everything(run.folder) == before
+
+
+def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
+    run = trained(tmp_path / "run", "sinusoid", *TINY, "--minutes", "0.00001")
+    with held(run.folder):
+        before = everything(run.folder)
+        for words in (("sinusoid", "--overwrite", "--out", run.folder), ("--resume", run.folder)):
+            refused = call("train", *words)
+            assert (refused.code, refused.out) == (2, "")
+            assert refused.err == (
+                f"fomaml-jax: another process trains in {run.folder}; wait for it, or stop it\n"
+            )
+            assert everything(run.folder) == before
+    again = call("train", "sinusoid", *TINY, "--overwrite", "--out", run.folder)
+    assert again.code == 0
+
+
+def test_a_run_from_before_there_was_the_choice_has_kept_duplicates(tmp_path):
+    data = paint_classes(tmp_path / "data", 6)
+    words = ("--path", data, "--size", "8", "--no-compare", "--duplicates", "keep")
+    splits = datasets.image_folder(data, size=8)
+    two = (data / splits.train.names[0] / "0.png", data / splits.test.names[0] / "0.png")
+    shutil.copy(*two)
+    run = trained(tmp_path / "run", "folder", *SMALL_FOLDER, *words)
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config.pop("duplicates") == "keep"
+    (run.folder / "config.json").write_text(json.dumps(config))
+    assert call("evaluate", run.folder).code == 0
+    refused = call("evaluate", run.folder, "--duplicates", "refuse")
+    assert refused.code == 2
+    assert "are the same picture in two splits (1 such in all)" in refused.err
 
 
 def test_what_else_may_be_damaged_is_said_in_a_line(tmp_path, monkeypatch, sinusoid):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import TINY, call, paint_classes, rows_of
+from command_line import TINY, call, everything, paint_classes, rows_of
 from PIL import Image
 
 from fomaml_jax import cli
@@ -155,10 +155,6 @@ def scene(glyphs, tmp_path, monkeypatch):
     return tmp_path
 
 
-def everything(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
 def assert_refused(scene, words, message):
     before = everything(scene)
     run = call(*words)
@@ -284,14 +280,14 @@ PICTURES = {
     "an empty class after skipping": (
         write("class 9/0.png"),
         "--unreadable skip",
-        "data/class 9 holds no picture that can be read: remove the class class 9",
+        "data/class 9 holds no picture that can be read: remove the folder",
     ),
     "one picture in two splits": (
         twice,
         "",
         "data/train/class 1/2.png and data/test/class 4/again.png are the same picture in two "
         "splits (1 such in all), so that a model would be judged on what it was trained on: remove "
-        "one of each, or pass duplicates='keep'",
+        "one of each, or keep them (duplicates='keep', --duplicates keep)",
     ),
     "one class in two splits": (
         class_in_both,
@@ -331,9 +327,9 @@ def test_more_pictures_than_memory_are_refused(tmp_path):
     run = call("train", "folder", "--path", data, "--size", "9999999", "--out", tmp_path / "run")
     assert run.code == 2
     assert re.fullmatch(
-        r"fomaml-jax: \d classes of up to 3 pictures \(as many as class \d has\) of 9999999 x "
-        r"9999999 x 3 bytes need \d+ GB, and this machine has \d+: pass a smaller size, or split "
-        r"the largest classes\n",
+        r"fomaml-jax: pictures of 9999999 x 9999999 x 3 bytes, for every class as many as the "
+        r"largest of its split has, need 5399999 GB, and there are \d+: pass a smaller size, or keep "
+        r"fewer pictures of large classes \(in class \d there are 3\)\n",
         run.err,
     )
 

@@ -1,5 +1,6 @@
 """Image folders: every picture read as it looks, whole classes split, mistakes named."""
 
+import pathlib
 import shutil
 import sys
 
@@ -269,6 +270,24 @@ def test_unreadable_files_are_skipped_as_if_they_were_not_there(seven, bad):
     assert digest(skipped) == digest(without)
     for one, other in zip(skipped, without, strict=True):
         np.testing.assert_array_equal(one.images, other.images)
+
+
+def test_what_is_skipped_is_no_duplicate(seven):
+    for c in range(7):
+        (seven / f"c{c:03d}" / "README.txt").write_text("not a picture")
+    with pytest.warns(UserWarning, match="and 6 more files") as caught:
+        splits = image_folder(seven, size=4, unreadable="skip")
+    assert caught[0].filename == __file__
+    assert all((classes.counts == 1).all() for classes in splits)
+
+
+def test_an_error_in_passing_does_not_make_a_picture_unreadable(seven, monkeypatch):
+    def fail(path):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        image_folder(seven, size=4, unreadable="skip")
 
 
 def test_a_picture_may_be_twice_in_a_split_and_in_two_if_asked(seven):

@@ -1,6 +1,7 @@
 """Nothing trips JAX's own checks: for NaN, leaked tracers, keys used twice, hidden transfers."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -94,21 +95,23 @@ def test_losses_that_draw_random_numbers():
         jax.block_until_ready(over_tasks(shared, keyed))
 
 
-def test_episodes():
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_episodes(kind):
     images = np.random.default_rng(0).integers(0, 255, (6, 5, 8, 8, 1), dtype=np.uint8)
     shift = fj.tasks.random_shift(1)
-    sample_task = fj.tasks.episodes(
-        images, ways=3, shots=1, queries=2, rotations=True, augment=shift
-    )
+    images = jax.device_put(images.astype(kind))
+    make = functools.partial(fj.tasks.episodes, ways=3, shots=1, queries=2, rotations=True)
+    sample_task = make(images, augment=shift)
     keys = fj.tasks.task_keys(KEY, 3, 4)
     with watched():
         jax.block_until_ready(jax.jit(jax.vmap(sample_task))(keys))
 
 
-def test_training_and_evaluation():
+@pytest.mark.parametrize("inner_steps", [0, 2])
+def test_training_resuming_and_evaluation(tmp_path, inner_steps):
     params, _ = network_problem(1)
     sample_task = fj.tasks.sinusoid()
-    over_tasks = fj.over_tasks(fj.fomaml(network, SGD, 2))
+    over_tasks = fj.over_tasks(fj.fomaml(network, SGD, inner_steps))
     learner = fj.meta_learner(over_tasks, optax.sgd(0.01))
 
     @jax.jit
@@ -116,17 +119,23 @@ def test_training_and_evaluation():
         adapt = lambda params, support: fj.adapt(network, params, support, SGD, 2)[0]
         return fj.evaluate(adapt, network, params, sample_task, KEY, num_tasks=4).mean
 
-    with watched():
-        trained = fj.train(
+    def train(**kwargs):
+        return fj.train(
             learner,
             params,
             sample_task,
             KEY,
             tasks_per_step=2,
-            steps=20,
             report_every=5,
             validate=judge,
+            validate_every=5,
             lower_is_better=True,
             name=None,
+            folder=tmp_path,
+            **kwargs,
         )
-    assert trained.best_score is not None
+
+    with watched():
+        train(steps=10)
+        trained = train(steps=20, resume=True)
+    assert len(trained.metrics) == 4

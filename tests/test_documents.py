@@ -57,7 +57,7 @@ def test_the_omniglot_example(omniglot_folder):
 )
 def test_the_framework_guides(guide):
     assert len(guide.read_text().splitlines()) < 60
-    done = run(sys.executable, guide, "200")
+    done = run(sys.executable, guide, "60")
     assert done.returncode == 0, done.stderr
     (accuracy,) = map(float, re.findall(r"unseen scripts: ([\d.]+)", done.stdout))
     assert accuracy > 30  # chance is 20

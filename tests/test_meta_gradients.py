@@ -125,20 +125,6 @@ def test_structure_and_dtypes_are_kept(algorithm, dtype):
 
 
 @algorithms
-def test_works_under_every_transformation_and_traces_once(algorithm):
-    params, tasks = network_problem(3)
-    meta_gradient = algorithm(network, optax.sgd(0.1), 2)
-    expected = [meta_gradient(params, one(tasks, i))[0] for i in range(3)]
-    jitted = jax.jit(chex.assert_max_traces(meta_gradient, 1))
-    by_vmap, _ = jax.vmap(meta_gradient, (None, 0))(params, tasks)
-    _, (by_scan, _) = jax.lax.scan(lambda _, t: (None, meta_gradient(params, t)), None, tasks)
-    for i in range(3):
-        assert_close(jitted(params, one(tasks, i))[0], expected[i], 1e-5)
-        assert_close(one(by_vmap, i), expected[i], 1e-5)
-        assert_close(one(by_scan, i), expected[i], 1e-5)
-
-
-@algorithms
 def test_aux_of_the_query_batch_is_handed_on(algorithm):
     params, tasks = network_problem(1)
     with_aux = lambda params, batch: (network(params, batch), {"examples": len(batch[0])})

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fomaml_jax as fj
 
+KEY = jax.random.key(0)
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
 ALGORITHMS = {"fomaml": fj.fomaml, "maml": fj.maml, "reptile": fj.reptile}
 
@@ -61,18 +62,14 @@ def closed_form(algorithm, params, support, query, rate, steps):
 
 
 @pytest.mark.usefixtures("float64", "quick_compiles")
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(
-    tree=trees,
-    algorithm=st.sampled_from(sorted(ALGORITHMS)),
-    steps=st.integers(0, 4),
-    rate=st.sampled_from([0.125, 0.25, 0.5]),
-    num_tasks=st.integers(1, 5),
-    tasks_at_once=st.integers(1, 6),
-    seed=st.integers(0, 2**31 - 1),
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+@pytest.mark.parametrize(
+    ("num_tasks", "tasks_at_once", "steps"), [(1, 1, 3), (4, 2, 3), (5, 2, 1), (4, 3, 0)]
 )
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@given(tree=trees, rate=st.sampled_from([0.125, 0.5]), seed=st.integers(0, 2**31 - 1))
 def test_every_path_gives_the_closed_form(
-    tree, algorithm, steps, rate, num_tasks, tasks_at_once, seed
+    algorithm, num_tasks, tasks_at_once, steps, tree, rate, seed
 ):
     rng = np.random.default_rng(seed)
     params = draw(rng, tree)
@@ -122,14 +119,17 @@ def test_every_path_gives_the_closed_form(
 )
 def test_episodes_of_classes_of_any_size(counts, data):
     """Every example once, every class under one label, as often as asked, and never padding."""
+    padded = data.draw(st.booleans())
+    counts = counts if padded else [6] * len(counts)
     ways = data.draw(st.integers(1, len(counts)))
     shots = data.draw(st.integers(1, min(counts) - 1))
     queries = data.draw(st.integers(1, min(counts) - shots))
     seed = data.draw(st.integers(0, 2**31 - 1))
     dtype = data.draw(st.sampled_from([np.float32, np.int32, np.uint16]))
     numbers = np.arange(len(counts))[:, None] * 100 + np.arange(6)
+    real = {"counts": np.array(counts)} if padded else {}
     sample_task = fj.tasks.episodes(
-        numbers.astype(dtype), ways=ways, shots=shots, queries=queries, counts=np.array(counts)
+        numbers.astype(dtype), ways=ways, shots=shots, queries=queries, **real
     )
     keys = fj.tasks.task_keys(jax.random.key(seed), 0, 20)
     support, query = jax.device_get(jax.jit(jax.vmap(sample_task))(keys))
@@ -139,20 +139,26 @@ def test_episodes_of_classes_of_any_size(counts, data):
         labels = np.concatenate([y, qy])
         assert len(set(seen.tolist())) == ways * (shots + queries)
         assert (seen % 100 < np.array(counts)[seen // 100]).all()
+        assert len(set(seen // 100)) == ways
         assert len({(c, label) for c, label in zip(seen // 100, labels, strict=True)}) == ways
         assert np.bincount(y, minlength=ways).tolist() == [shots] * ways
         assert np.bincount(qy, minlength=ways).tolist() == [queries] * ways
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@settings(max_examples=4, deadline=None, derandomize=True, database=None)
-@given(
-    num_tasks=st.sampled_from([50, 200]),
-    kind=st.sampled_from(["normal", "accuracy", "skewed"]),
-    seed=st.integers(0, 2**31 - 1),
+@pytest.mark.parametrize(
+    ("kind", "num_tasks", "least"),
+    [
+        ("normal", 50, 0.935),
+        ("normal", 200, 0.94),
+        ("accuracy", 50, 0.935),
+        ("accuracy", 200, 0.94),
+        ("skewed", 50, 0.92),  # what a normal interval is for so few of so skewed a metric
+        ("skewed", 200, 0.935),
+    ],
 )
-def test_intervals_cover_at_the_nominal_rate(num_tasks, kind, seed):
-    """Of normal metrics, of accuracies on 25 queries, and of exponential ones, within a point."""
+def test_intervals_cover_at_the_nominal_rate(kind, num_tasks, least):
+    """Of normal metrics, of accuracies on 25 queries, and of exponential ones."""
     draw, truth = {
         "normal": (jax.random.normal, 0.0),
         "accuracy": (lambda key: jnp.mean(jax.random.bernoulli(key, 0.8, (25,))), 0.8),
@@ -171,7 +177,5 @@ def test_intervals_cover_at_the_nominal_rate(num_tasks, kind, seed):
         )
         return evaluation.mean, evaluation.ci95
 
-    means, ci95 = jax.jit(jax.vmap(report))(jax.random.split(jax.random.key(seed), 4000))
-    covered = np.mean(np.abs(means - truth) <= ci95)
-    # The normal interval of a skewed metric is a little short at 50 tasks: 93 %.
-    assert 0.92 < covered < 0.965, (kind, num_tasks)
+    means, ci95 = jax.jit(jax.vmap(report))(jax.random.split(KEY, 8000))
+    assert least < np.mean(np.abs(means - truth) <= ci95) < 0.96

@@ -185,6 +185,11 @@ REFUSED = {
         TypeError,
         "images must be one array .* of numbers, got object",
     ),
+    "keys for pictures": (
+        lambda: episodes(jax.random.split(jax.random.key(0), (4, 5))),
+        TypeError,
+        "images must be one array .* of numbers, got PRNGKeyArray",
+    ),
     "words for pictures": (
         lambda: episodes(np.full((4, 5, 2), "word")),
         TypeError,

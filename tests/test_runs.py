@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import held
 
 from fomaml_jax import options, runs
 
@@ -196,12 +197,11 @@ def test_a_new_run_goes_where_one_died_before_it_had_a_configuration(tmp_path):
 
 def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     folder = tmp_path / "run"
-    with runs.alone(folder):
-        with pytest.raises(ValueError, match="another process trains in"), runs.alone(folder):
-            pass
-        assert (folder / ".lock").exists()
-    with runs.alone(folder):
+    refused = pytest.raises(runs.InUseError, match="another process trains in")
+    with held(folder), refused, runs.alone(folder):
         pass
+    with runs.alone(folder), runs.alone(folder):  # who holds it may ask again
+        assert (folder / ".lock").exists()
     assert list(folder.iterdir()) == []
 
 
@@ -220,28 +220,51 @@ def test_a_lock_that_was_taken_away_while_waiting_is_taken_anew(tmp_path, monkey
         (tmp_path / ".lock").unlink()
 
     monkeypatch.setattr(runs.fcntl, "flock", removed_meanwhile)
-    with runs.alone(tmp_path), pytest.raises(ValueError, match="another"), runs.alone(tmp_path):
-        pass
+    refused = pytest.raises(BlockingIOError)
+    with runs.alone(tmp_path), (tmp_path / ".lock").open() as file, refused:
+        flock(file, runs.fcntl.LOCK_EX | runs.fcntl.LOCK_NB)
+
+
+def test_nobody_elses_lock_is_taken_away(tmp_path):
+    with runs.alone(tmp_path):
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").touch()
+    assert (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize("locks", [None, "broken"])
 def test_without_locks_nothing_is_kept(tmp_path, monkeypatch, locks):
-    if locks is None:
-        monkeypatch.setattr(runs, "fcntl", None)
-    else:
-        error = OSError(37, "No locks available")
-        monkeypatch.setattr(runs.fcntl, "flock", Mock(side_effect=error))
-    with runs.alone(tmp_path), runs.alone(tmp_path):
-        pass
+    with held(tmp_path):
+        if locks is None:
+            monkeypatch.setattr(runs, "fcntl", None)
+        else:
+            error = OSError(37, "No locks available")
+            monkeypatch.setattr(runs.fcntl, "flock", Mock(side_effect=error))
+        with runs.alone(tmp_path):
+            pass
 
 
 def test_a_new_run_goes_to_a_new_or_an_empty_folder(tmp_path):
     deep = tmp_path / "a" / "b"
     for folder in (deep, deep, tmp_path / "c"):
         runs.check_new(folder)
-        runs.create(folder)
+        with runs.alone(folder):
+            runs.clear(folder)
         assert folder.is_dir()
         assert not list(folder.iterdir())
+
+
+def test_clearing_takes_away_everything_in_the_folder_and_nothing_outside(tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    for folder in (run / "checkpoints" / "1", outside):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    (run / "link").symlink_to(outside)
+    (run / "config.json").touch()
+    with runs.alone(run):
+        runs.clear(run)
+        assert [path.name for path in run.iterdir()] == [".lock"]
+    assert (outside / "file").exists()
 
 
 def test_a_folder_with_something_in_it_and_a_file_are_refused(tmp_path):
@@ -254,8 +277,9 @@ def test_a_folder_with_something_in_it_and_a_file_are_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"^cannot write a run to .*file/run: Not a directory$"):
-        runs.create(tmp_path / "file" / "run")
+    message = r"^cannot write a run to .*file/run: Not a directory$"
+    with pytest.raises(ValueError, match=message), runs.alone(tmp_path / "file" / "run"):
+        pass
 
 
 # Options.

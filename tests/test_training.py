@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from command_line import held
 from problems import assert_close, network, network_problem
 
 import fomaml_jax as fj
-from fomaml_jax import checkpoints, devices, runs, training
+from fomaml_jax import checkpoints, devices, training
 from fomaml_jax.tasks import task_keys
 
 pytestmark = [
@@ -184,7 +185,20 @@ def never_finite(key):
 def test_a_step_without_a_finite_task_changes_nothing():
     _, [(params, row)] = followed(**LEVELS | {"sample_task": never_finite}, steps=1)
     assert params.item() == 0
-    assert row == {"step": 1, "tasks": 4, "loss": 0, "grad_norm": 0, "left_out": 4}
+    assert np.isnan([row.pop("loss"), row.pop("grad_norm")]).all()
+    assert row == {"step": 1, "tasks": 4, "left_out": 4}
+
+
+def test_steps_without_a_finite_task_are_no_part_of_the_means():
+    def sometimes_nan(key):
+        return jax.tree.map(lambda x: jnp.where(x < 0.7, jnp.nan, x), uniform_task(key))
+
+    wanted = LEVELS | {"sample_task": sometimes_nan}
+    (row,) = train(**wanted, steps=20, tasks_per_step=1, report_every=20, max_left_out=1.0).metrics
+    drawn = np.array([levels(step, 1)[0] for step in range(20)])
+    assert row["left_out"] == (drawn < 0.7).sum()
+    np.testing.assert_allclose(row["loss"], drawn[drawn >= 0.7].mean(), rtol=1e-5)
+    assert row["grad_norm"] == 1
 
 
 def test_the_start_and_every_report_keep_their_parameters():
@@ -416,6 +430,12 @@ def test_numpy_integers_are_numbers_too(tmp_path):
     numbers = {"steps": np.int64(23), "report_every": np.int32(4), "tasks_per_step": np.int64(4)}
     found = train(**RUN | numbers, folder=tmp_path, checkpoint_every=np.int64(5))
     assert found.metrics == train(**RUN).metrics
+    rows = [
+        train(**LEVELS, steps=None, tasks=4000, tasks_per_step=kind(4)).metrics
+        for kind in (int, np.int64)
+    ]
+    assert len(rows[0]) == 100
+    assert rows[1] == rows[0]
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
@@ -462,20 +482,29 @@ def test_other_data_are_not_resumed_on(tmp_path):
     train(**RUN, folder=tmp_path, config={"data": "one", "sizes": (1, 2)})
     again = train(**RUN, folder=tmp_path, resume=True, config={"data": "one", "sizes": [1, 2]})
     assert int(again.state.step) == RUN["steps"]
-    with pytest.raises(ValueError, match="is another one: data was one, now two"):
+    with pytest.raises(ValueError, match=r"is another one: config\['data'\] was one, now two"):
         train(**RUN, folder=tmp_path, resume=True, config={"data": "two", "sizes": [1, 2]})
-    with pytest.raises(ValueError, match="is another one: data was one, now None"):
+    with pytest.raises(ValueError, match=r"is another one: config\['data'\] was one, now None"):
         train(**RUN, folder=tmp_path, resume=True)
     with pytest.raises(TypeError, match="not JSON serializable"):
         train(**RUN, config={"rate": jnp.ones(3)})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        train(**RUN, config={"rate": np.nan})
+
+
+def test_the_callers_names_do_not_hide_ours(tmp_path):
+    named = {"folder": tmp_path, "config": {"key": "mine", "tasks_per_step": 2}}
+    train(**RUN, **named)
+    with pytest.raises(ValueError, match=r"is another one: key was \[0, 3\], now \[0, 9\]"):
+        train(**RUN, **named, resume=True, key=jax.random.key(9))
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
-    with runs.alone(tmp_path), pytest.raises(ValueError, match=f"another .* trains in {tmp_path}"):
+    with held(tmp_path), pytest.raises(ValueError, match=f"another .* trains in {tmp_path}"):
         train(**RUN, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
     train(**RUN, folder=tmp_path)
-    with runs.alone(tmp_path), pytest.raises(ValueError, match="another process trains"):
+    with held(tmp_path), pytest.raises(ValueError, match="another process trains"):
         train(**RUN, folder=tmp_path, resume=True)
 
 

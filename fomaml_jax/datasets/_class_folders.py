@@ -1,8 +1,6 @@
 """Which pictures belong to which class, and which classes to which split."""
 
-import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -95,44 +93,6 @@ def _check_count(folder: Path, classes: Files, needed: int, reason: str) -> None
             f"{folder} holds too few class folders ({', '.join(classes)}), expected at least"
             f" {needed}: {reason}"
         )
-
-
-def check_no_duplicates(splits: Sequence[Files]) -> None:
-    """Refuses the same picture, byte for byte, in two splits.
-
-    Raises:
-        ValueError: naming the first pair, and how many there are.
-    """
-    pictures = [list(itertools.chain(*files.values())) for files in splits]
-    # Only files of equal size can be equal: of a sound data set, few are read for this.
-    sizes = [[_size(file) for file in split] for split in pictures]
-    in_two = {
-        size
-        for size, count in Counter(itertools.chain(*map(set, sizes))).items()
-        if count > 1 and size
-    }
-    first: dict[str, tuple[int, Path]] = {}
-    pairs: list[tuple[Path, Path]] = []
-    for index, split in enumerate(pictures):
-        for file, size in zip(split, sizes[index], strict=True):
-            if size in in_two:
-                with file.open("rb") as content:
-                    found = hashlib.file_digest(content, "sha256").hexdigest()
-                where, other = first.setdefault(found, (index, file))
-                if where != index:
-                    pairs.append((other, file))
-    if pairs:
-        one, other = pairs[0]
-        raise ValueError(
-            f"{one} and {other} are the same picture in two splits ({len(pairs)} such in all), so "
-            "that a model would be judged on what it was trained on: remove one of each, or pass "
-            "duplicates='keep'"
-        )
-
-
-def _size(file: Path) -> int:
-    """In bytes; zero for what is no file, which is refused when it is read."""
-    return file.stat().st_size if file.is_file() else 0
 
 
 def _check_apart(folder: Path, *splits: Files) -> None:

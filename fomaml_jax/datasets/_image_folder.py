@@ -1,25 +1,25 @@
 """The user's own pictures: one folder a class."""
 
+import contextlib
+import hashlib
 import itertools
+import logging
 import math
 import numbers
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fomaml_jax.datasets._checks import check_choice, check_folder, cli_extra, whole_number
-from fomaml_jax.datasets._class_folders import (
-    EXPECTED,
-    Files,
-    check_no_duplicates,
-    dealt_splits,
-    given_splits,
-)
+from fomaml_jax.datasets._class_folders import EXPECTED, Files, dealt_splits, given_splits
 from fomaml_jax.datasets._types import ImageClasses, Splits
+
+_log = logging.getLogger(__name__)
 
 
 def image_folder(
@@ -97,41 +97,58 @@ def image_folder(
     folder = Path(path).expanduser()
     check_folder(folder, EXPECTED)
     splits = given_splits(folder, validation, seed) or dealt_splits(folder, validation, test, seed)
+    _check_fits(splits, size, channels)
+    found = [_read_classes(files, size, channels, unreadable == "skip") for files in splits]
+    left_out = [error for classes in found for error in classes.left_out]
+    if left_out:
+        more = f", and {len(left_out) - 1} more files" if len(left_out) > 1 else ""
+        warnings.warn(f"left out: {left_out[0]}{more}", stacklevel=2)
+        for error in left_out:
+            _log.info("left out: %s", error)
     if duplicates == "refuse":
-        check_no_duplicates(splits)
-    return Splits(*(read_classes(f, size, channels, unreadable == "skip") for f in splits))
+        _check_no_duplicates([classes.digests for classes in found])
+    return Splits(*(classes.images for classes in found))
 
 
-def read_classes(files: Files, size: int, channels: int, skip: bool = False) -> ImageClasses:
+def read_classes(files: Files, size: int, channels: int) -> ImageClasses:
     """Reads the `files` of each class as `image_folder` does, filled up with zeros."""
+    return _read_classes(files, size, channels, skip=False).images
+
+
+class _Read(NamedTuple):
+    """A split, the digest of every picture in it, and what was left out."""
+
+    images: ImageClasses
+    digests: dict[str, Path]
+    left_out: list[ValueError]
+
+
+def _read_classes(files: Files, size: int, channels: int, skip: bool) -> _Read:
     with cli_extra("image_folder()"):
         from fomaml_jax.datasets._image_file import read_image
 
     counts = np.array([len(examples) for examples in files.values()], np.int32)
-    shape = (len(counts), int(counts.max(initial=0)), size, size, channels)
-    _check_fits(shape, files)
-    images = np.zeros(shape, np.uint8)
-    is_read = np.zeros(shape[:2], bool)
+    images = np.zeros([len(counts), counts.max(initial=0), size, size, channels], np.uint8)
+    is_read = np.zeros(images.shape[:2], bool)
 
-    def read(place: tuple[int, int], file: Path) -> ValueError | None:
+    def read(place: tuple[int, int], file: Path) -> tuple[str, Path] | ValueError:
         try:
-            images[place] = read_image(file, size, channels)
-            is_read[place] = True
+            images[place], content = read_image(file, size, channels)
         except ValueError as error:
             if not skip:
                 raise
             return error
-        return None
+        is_read[place] = True
+        return hashlib.sha256(content).hexdigest(), file
 
     places = [(c, e) for c, count in enumerate(counts) for e in range(count)]
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter's lock
         found = list(pool.map(read, places, itertools.chain(*files.values())))
-    left_out = [error for error in found if error is not None]
+    left_out = [one for one in found if isinstance(one, ValueError)]
     if left_out:
-        more = f", and {len(left_out) - 1} more files" if len(left_out) > 1 else ""
-        warnings.warn(f"left out: {left_out[0]}{more}", stacklevel=3)
         images, counts = _closed_up(images, is_read, files)
-    return ImageClasses(images, counts, tuple(files))
+    digests = dict(one for one in found if not isinstance(one, ValueError))
+    return _Read(ImageClasses(images, counts, tuple(files)), digests, left_out)
 
 
 def _closed_up(
@@ -139,30 +156,55 @@ def _closed_up(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pictures that were read, first in their class, and how many there are."""
     counts = is_read.sum(1, dtype=np.int32)
-    for c, (name, examples) in enumerate(files.items()):
+    for c, examples in enumerate(files.values()):
         if counts[c] == 0:
             raise ValueError(
-                f"{examples[0].parent} holds no picture that can be read: remove the class {name}"
+                f"{examples[0].parent} holds no picture that can be read: remove the folder"
             )
         images[c, : counts[c]] = images[c, is_read[c]]
         images[c, counts[c] :] = 0
     return images[:, : counts.max()], counts
 
 
-def _check_fits(shape: tuple[int, ...], files: Files) -> None:
-    """Refuses what this machine's memory cannot hold, as one array with room for the longest."""
-    needed = math.prod(shape)
-    try:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows does not tell
-        return
-    if needed > there:
-        largest = max(files, key=lambda name: len(files[name]))
+def _check_no_duplicates(splits: Sequence[Mapping[str, Path]]) -> None:
+    """Refuses the same picture, byte for byte, in two splits."""
+    pairs = [
+        (one[digest], other[digest])
+        for one, other in itertools.combinations(splits, 2)
+        for digest in one.keys() & other.keys()
+    ]
+    if pairs:
+        one, other = min(pairs)
         raise ValueError(
-            f"{shape[0]} classes of up to {shape[1]} pictures (as many as {largest} has) of "
-            f"{shape[2]} x {shape[3]} x {shape[4]} bytes need {needed / 1e9:.0f} GB, and this "
-            f"machine has {there / 1e9:.0f}: pass a smaller size, or split the largest classes"
+            f"{one} and {other} are the same picture in two splits ({len(pairs)} such in all), so "
+            "that a model would be judged on what it was trained on: remove one of each, or keep "
+            "them (duplicates='keep', --duplicates keep)"
         )
+
+
+def _check_fits(splits: Sequence[Files], size: int, channels: int) -> None:
+    """Refuses what this machine's memory cannot hold, each split as long as its largest class."""
+    most = [max(map(len, files.values()), default=0) for files in splits]
+    rows = sum(len(files) * count for files, count in zip(splits, most, strict=True))
+    needed, there = rows * size * size * channels, _memory()
+    if needed > there:
+        largest = max(itertools.chain(*(f.items() for f in splits)), key=lambda item: len(item[1]))
+        raise ValueError(
+            f"pictures of {size} x {size} x {channels} bytes, for every class as many as the "
+            f"largest of its split has, need {needed / 1e9:.0f} GB, and there are "
+            f"{there / 1e9:.0f}: pass a smaller size, or keep fewer pictures of large classes (in "
+            f"{largest[0]} there are {len(largest[1])})"
+        )
+
+
+def _memory() -> float:
+    """Bytes that this process may come to use, as far as the system tells."""
+    known = [math.inf]
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows does not tell
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # in a container; "max" is no number
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(known)
 
 
 def _check_fractions(**fractions: float) -> None:
