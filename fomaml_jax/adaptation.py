@@ -9,6 +9,7 @@ import optax
 
 from fomaml_jax import refusals
 from fomaml_jax.hoisting import hoisted
+from fomaml_jax.manual_axes import varying
 from fomaml_jax.trainable import Trainable, merge, split
 from fomaml_jax.types import AdaptInfo, Batch, LossFn, Params, PerStep
 
@@ -41,8 +42,9 @@ def adapt(
     parameters with respect to `params` is the identity. Numbers that the optimizer itself was made
     from (a learned rate) keep their gradient. With `first_order=False` nothing is stopped.
 
-    Inside a `jax.shard_map` of your own pass it `check_vma=False`: with its default, `jax.grad`
-    takes replicated parameters for shared ones and sums inner gradients over the devices.
+    Inside of a `jax.shard_map` each device adapts to its own task, with inner gradients of its own.
+    A loop inside of the loss must then start from values that vary as its inputs do
+    (`jax.lax.pcast`), or the `shard_map` be given `check_vma=False`: else JAX refuses it.
 
     Keep parameters in float32 even where the loss computes in bfloat16: small updates vanish in
     bfloat16 sums.
@@ -152,7 +154,7 @@ def inner_loop(
     stop = jax.lax.stop_gradient if first_order else lambda x: x
     optimizer = optax.with_extra_args_support(optimizer)
     objective = refusals.checked_loss(loss_fn, has_aux, has_state)
-    params = jax.tree.map(jnp.asarray, params)
+    params = varying(jax.tree.map(jnp.asarray, params), support)
     adapted, frozen = split(True if trainable is None else trainable, params)
 
     def merged(inner: InnerState) -> Params:
@@ -220,7 +222,7 @@ def _slot(inner: InnerState, query: bool) -> jax.Array:
 def repeat(step, start, num_steps, unroll):
     """`num_steps` times `step`, from `start`."""
     loop = _traced_loop if isinstance(num_steps, jax.Array) else _scan
-    return loop(step, start, refusals.check_num_steps(num_steps), unroll)
+    return loop(step, varying(start), refusals.check_num_steps(num_steps), unroll)
 
 
 def _scan(step, start, num_steps, unroll):
@@ -242,7 +244,7 @@ def _traced_loop(step, start, num_steps, unroll):
 
         return carry, jax.tree.map(keep, seen, info)
 
-    return jax.lax.fori_loop(0, num_steps, body, (start, nothing))
+    return jax.lax.fori_loop(0, num_steps, body, varying((start, nothing)))
 
 
 def _missing(dtype: Any) -> Any:

@@ -12,6 +12,8 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from fomaml_jax.manual_axes import varying
+
 # Patches are `offsets / prod(strides)` times as large as the images. Up to this, as with 3 x 3
 # windows at stride 2, they cost less than what XLA:CPU's own convolution loses to a plain product;
 # above, as with 3 x 3 at stride 1 (9), memory traffic outweighs the products (14 x 14 x 64: 1.5
@@ -73,19 +75,8 @@ def kernel_gradient(images: jax.Array, outputs: jax.Array, geometry: Geometry, d
 
 
 def _bind(primitive: core.Primitive, lhs: Any, rhs: Any, geometry: Geometry, dtype: Any) -> Any:
-    lhs, rhs = _equally_varying(lhs, rhs)
+    lhs, rhs = varying((lhs, rhs))  # as for any product of two
     return primitive.bind(lhs, rhs, geometry=geometry, dtype=dtype, batch_axes=0)
-
-
-def _equally_varying(*operands: jax.Array) -> list[jax.Array]:
-    """Inside of `jax.shard_map`, operands that vary over the same mesh axes, as for any product."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
-
-    def vary(x, axes):
-        missing = tuple(frozenset().union(*varying) - axes)
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return [vary(x, axes) for x, axes in zip(operands, varying, strict=True)]
 
 
 # --- the forms, for one task; `alone` on CPU, where no other task's kernels come with it ----------
@@ -167,7 +158,7 @@ def _from_memory(fn, *operands):
     shape = jax.eval_shape(fn, *operands)
 
     def never(*operands):
-        return _equally_varying(jnp.zeros(shape.shape, shape.dtype), *operands)[0]
+        return varying(jnp.zeros(shape.shape, shape.dtype), operands)
 
     always, operands = lax.optimization_barrier((True, operands))
     return lax.cond(always, fn, never, *operands)

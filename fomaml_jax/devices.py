@@ -22,6 +22,11 @@ def use_every_core() -> None:
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
+def every_device() -> Mesh:
+    """All devices, for tasks that need not divide among them."""
+    return jax.make_mesh((jax.device_count(),), ("tasks",), (AxisType.Auto,))
+
+
 def mesh_for(num_tasks: int) -> Mesh:
     """As many of this process's devices as divide the tasks evenly."""
     devices = jax.local_devices()

@@ -1,14 +1,16 @@
 """Adapt to many tasks never trained on, and report the mean with its interval."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fomaml_jax import refusals
-from fomaml_jax.parallel import TasksAtOnce, in_chunks, together
+from fomaml_jax.parallel import TasksAtOnce, in_chunks, shared_out, together
 from fomaml_jax.types import Batch, Params, Task
 
 
@@ -38,6 +40,7 @@ def evaluate(
     *,
     num_tasks: int = 600,
     tasks_at_once: TasksAtOnce = "auto",
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Adapts to `num_tasks` sampled tasks and takes the metric of each on its query batch.
 
@@ -58,9 +61,10 @@ def evaluate(
         num_tasks: at least 2. The interval shrinks as `1 / sqrt(num_tasks)`: 600 tasks leave about
             0.5 points of accuracy, a claim wants 10,000.
         tasks_at_once: as in `over_tasks`.
+        mesh: shares the tasks out among all devices of this mesh, however many tasks there are.
 
     Returns:
-        An `Evaluation`.
+        An `Evaluation`, the same on every device.
 
     Raises:
         ValueError: for fewer than 2 tasks, or a metric that is not made of scalars.
@@ -77,15 +81,34 @@ def evaluate(
     """
     refusals.check_at_least("num_tasks", num_tasks, 2)
 
-    def one_task(index):
+    def one_task(params, index):
         task = sample_task(jax.random.fold_in(key, index))
         return jax.tree.map(_scalar, metric_fn(adapt_fn(params, task.support), task.query))
 
-    indices = jnp.arange(num_tasks, dtype=jnp.uint32)
-    _, per_task = in_chunks(
-        lambda _, chunk: (None, together(one_task, chunk)), None, indices, tasks_at_once
-    )
+    def of_tasks(params, indices):
+        each = functools.partial(one_task, params)
+        return in_chunks(
+            lambda _, chunk: (None, together(each, chunk)), None, indices, tasks_at_once
+        )[1]
+
+    if mesh is None:
+        per_task = of_tasks(params, jnp.arange(num_tasks, dtype=jnp.uint32))
+    else:
+        per_task = _shared_out(of_tasks, mesh, params, num_tasks)
     return _summary(per_task, num_tasks)
+
+
+def _shared_out(of_tasks: Callable[..., Any], mesh: Mesh, params: Params, num_tasks: int) -> Any:
+    """`of_tasks(params, indices)` of all tasks from the devices of a mesh, in task order."""
+
+    def on_a_device(params, indices):
+        mine = of_tasks(params, indices)
+        return jax.lax.all_gather(mine, mesh.axis_names, tiled=True), None
+
+    # As many for every device; those beyond the last are left out again.
+    indices = jnp.arange(-(-num_tasks // mesh.size) * mesh.size, dtype=jnp.uint32)
+    per_task, _ = shared_out(on_a_device, mesh, params, indices)
+    return jax.tree.map(lambda x: x[:num_tasks], per_task)
 
 
 def paired_difference(one: Evaluation, other: Evaluation) -> Evaluation:

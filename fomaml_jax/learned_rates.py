@@ -7,6 +7,7 @@ import jax
 import optax
 
 from fomaml_jax import rates, refusals
+from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import checked_weights, closed, opened, query_gradients
 from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import LossFn, MetaGradient, Params, Task, TaskInfo
@@ -85,6 +86,7 @@ def learned_rates(
 
     def meta_gradient(shared: WithRates, task: Task) -> tuple[WithRates, TaskInfo]:
         refusals.check_shared(shared, WithRates)
+        shared = varying(shared, task)
         params, of_task = opened(shared.params, task, has_state)
 
         def query_loss(rates):

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from fomaml_jax import refusals
 from fomaml_jax.adaptation import context, inner_loop, kept, repeat
 from fomaml_jax.convolutions import matmul_convolutions
+from fomaml_jax.manual_axes import varying
 from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import AdaptInfo, LossFn, MetaGradient, Params, Task, TaskInfo, WithState
 from fomaml_jax.variants import with_variants
@@ -365,6 +366,7 @@ def reptile(
 
 def opened(shared: Any, task: Any, has_state: bool) -> tuple[Params, dict[str, Any]]:
     """The parameters, and what the inner loop needs to know of state and randomness."""
+    shared = varying(shared, task)  # each task has a gradient of its own, on its own device
     if not has_state:
         return shared, {}
     refusals.check_shared(shared, WithState)

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fomaml_jax import refusals
 from fomaml_jax.convolutions import native_convolutions
+from fomaml_jax.manual_axes import varying
 from fomaml_jax.types import MetaGradient, Params, TaskInfo
 
 TasksAtOnce = int | None | Literal["auto"]
@@ -21,7 +22,8 @@ def over_tasks(
     *,
     tasks_at_once: TasksAtOnce = "auto",
     on_nonfinite: Literal["skip", "propagate"] = "skip",
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     task_weight: Callable[[Any], Any] | None = None,
 ) -> MetaGradient:
     """Makes a per-task meta-gradient one for a meta-batch: the mean over its tasks.
@@ -48,6 +50,9 @@ def over_tasks(
             all-reduce joins the gradients. Their number must be a multiple of the mesh's size. On
             CPU set `jax.config.update("jax_num_cpu_devices", os.cpu_count())` first: a scan over
             small tasks keeps but one core busy.
+        axis_name: for use inside of a `jax.shard_map` or `pmap` of your own: the axes, or the one,
+            among whose devices the tasks are shared out. Each device passes its own tasks, and gets
+            the mean over those of all; `TaskInfo` is that of its own.
         task_weight: `task -> []`, how much a task counts in the mean gradient (the number of its
             records, say); at least zero, relative. All tasks count the same unless given.
 
@@ -57,7 +62,7 @@ def over_tasks(
     Raises:
         ValueError: for leaves that do not lead with the same number of tasks, no tasks,
             `tasks_at_once` below 1, an unknown `on_nonfinite`, tasks that do not divide among the
-            devices of the mesh.
+            devices of the mesh, both a mesh and an axis name.
 
     Warns:
         UserWarning: on CPU, where the per-task function holds native convolutions, which are
@@ -76,7 +81,13 @@ def over_tasks(
         refusals.check_at_least("tasks_at_once", tasks_at_once, 1)
     refusals.check_choice("on_nonfinite", on_nonfinite, ("skip", "propagate"))
 
-    axes = () if mesh is None else mesh.axis_names
+    if mesh is not None and axis_name is not None:
+        raise ValueError(
+            "over_tasks was given a mesh, on which it shards the tasks itself, and an axis_name, "
+            "for tasks that are sharded around it; pass one of them"
+        )
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    axes = axes if mesh is None else mesh.axis_names
 
     def mean_meta_gradient(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
         def add_chunk(total, chunk):
@@ -93,7 +104,7 @@ def over_tasks(
             return jax.tree.map(lambda g: weight.astype(g.dtype) * g, grads), info, weight
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _accumulator(p.dtype)), params)
-        start = (zeros, jnp.zeros((), jnp.float32))
+        start = varying((zeros, jnp.zeros((), jnp.float32)), params, tasks)
         total, info = in_chunks(add_chunk, start, tasks, tasks_at_once)
         sums, weight = _sum_over_devices(total, axes)
         count = jnp.where(weight > 0, weight, 1)
@@ -108,22 +119,21 @@ def over_tasks(
         if mesh is None:
             return mean_meta_gradient(params, tasks)
         refusals.check_divides(num_tasks, mesh)
-        one, each = PartitionSpec(), PartitionSpec(axes)
-        if AxisType.Explicit in mesh.axis_types:  # in_specs would only assert: place the inputs
-            params = jax.sharding.reshard(params, NamedSharding(mesh, one))
-            tasks = jax.sharding.reshard(tasks, NamedSharding(mesh, each))
-        # With check_vma=True, jax.grad would take the replicated parameters for shared ones and sum
-        # every inner gradient over the devices, and a loss with a loop inside would not trace.
-        sharded = jax.shard_map(
-            mean_meta_gradient,
-            mesh=mesh,
-            in_specs=(one, each),
-            out_specs=(one, each),
-            check_vma=False,
-        )
-        return sharded(params, tasks)
+        return shared_out(mean_meta_gradient, mesh, params, tasks)
 
     return checked
+
+
+def shared_out(fn: Callable[[Params, Any], Any], mesh: Mesh, params: Params, tasks: Any) -> Any:
+    """`fn(params, tasks) -> (for all, of its own tasks)` on each device of a mesh for its tasks."""
+    one, each = PartitionSpec(), PartitionSpec(mesh.axis_names)
+    if AxisType.Explicit in mesh.axis_types:  # in_specs would only assert: place the inputs
+        params = jax.sharding.reshard(params, NamedSharding(mesh, one))
+        tasks = jax.sharding.reshard(tasks, NamedSharding(mesh, each))
+    # With check_vma=True a user's own loop from zeros would not trace: its carry comes to vary.
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=(one, each), out_specs=(one, each), check_vma=False
+    )(params, tasks)
 
 
 def _sum_over_devices(tree: Any, axes: tuple[str, ...]) -> Any:

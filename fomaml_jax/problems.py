@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fomaml_jax import datasets, models, options
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE, beside_support, one_at_a_time
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses, Splits
+from fomaml_jax.devices import every_device
 from fomaml_jax.evaluation import Evaluation, evaluate
 from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.parallel import TasksAtOnce
@@ -131,7 +133,7 @@ def judge_of(
 
     Or, without `every_step`, after the last alone.
     """
-    adapt_fn = adapt_path(problem, num_steps)
+    adapt_fn, mesh = adapt_path(problem, num_steps), every_device()
 
     def metric_fn(path: Params, query: Batch) -> list[jax.Array]:
         if not every_step:
@@ -139,7 +141,7 @@ def judge_of(
         return list(jax.lax.map(lambda params: problem.metric_fn(params, query), path))
 
     @jax.jit
-    def judge(params: Params, key: jax.Array) -> Evaluation:
+    def judged(params: Params, key: jax.Array) -> Evaluation:
         return evaluate(
             adapt_fn,
             metric_fn,
@@ -148,7 +150,12 @@ def judge_of(
             key,
             num_tasks=num_tasks,
             tasks_at_once=problem.tasks_at_once,
+            mesh=mesh,
         )
+
+    def judge(params: Params, key: jax.Array) -> Evaluation:
+        # They may come from training on fewer devices.
+        return judged(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), key)
 
     return judge
 

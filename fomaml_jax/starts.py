@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fomaml_jax import refusals
+from fomaml_jax.manual_axes import varying
 from fomaml_jax.types import Batch, MetaGradient, Params, Task, TaskInfo
 
 
@@ -48,7 +49,7 @@ def starting_from(
 
     def prepared_meta_gradient(params: Params, task: Task) -> tuple[Params, TaskInfo]:
         refusals.check_params(params)
-        params = jax.tree.map(jnp.asarray, params)
+        params = varying(jax.tree.map(jnp.asarray, params), task)
         start, back = jax.vjp(lambda params: prepare(params, task.support), params)
         refusals.check_like_params("prepare", start, params)
         grads, info = meta_gradient(start, task)

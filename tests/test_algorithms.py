@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from problems import assert_close, network, network_problem, one
 
 import fomaml_jax as fj
@@ -233,6 +234,23 @@ def test_any_number_of_tasks_at_once_is_the_same(case):
     for tasks_at_once in (1, 2, None):
         over_tasks = fj.over_tasks(case.make(network), tasks_at_once=tasks_at_once)
         assert_close(jax.jit(over_tasks)(shared, tasks)[0], mean, 1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("check_vma", [True, False])
+@cases
+def test_the_same_inside_of_a_shard_map_of_ones_own(case, check_vma):
+    params, tasks = network_problem(4)
+    shared, mesh = case.shared(params), jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))
+    expected, reference = jax.jit(fj.over_tasks(case.make(network)))(shared, tasks)
+    spread = fj.over_tasks(case.make(network), axis_name="tasks")
+    one, each = jax.P(), jax.P("tasks")
+    mapped = jax.shard_map(
+        spread, mesh=mesh, in_specs=(one, each), out_specs=(one, each), check_vma=check_vma
+    )
+    grads, info = jax.jit(mapped)(shared, tasks)
+    assert_close(grads, expected, 1e-12)
+    assert_close(info, reference, 1e-12)
 
 
 @cases

@@ -328,8 +328,8 @@ def test_more_pictures_than_memory_are_refused(tmp_path):
     assert run.code == 2
     assert re.fullmatch(
         r"fomaml-jax: pictures of 9999999 x 9999999 x 3 bytes, for every class as many as the "
-        r"largest of its split has, need 5399999 GB, and there are \d+: pass a smaller size, or keep "
-        r"fewer pictures of large classes \(in class \d there are 3\)\n",
+        r"largest of its split has, need 5399999 GB, and there are \d+: pass a smaller size, or "
+        r"keep fewer pictures of large classes \(in class \d there are 3\)\n",
         run.err,
     )
 

@@ -52,6 +52,15 @@ def test_every_plan_sees_the_same_tasks(tasks_at_once):
     assert_close(report.per_task["sum"], expected(jnp.arange(20)).support[:, 0] + 3, 1e-6)
 
 
+@pytest.mark.parametrize("num_tasks", [2, 7, 20])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_devices_share_any_number_of_tasks(num_tasks, explicit):
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2,), ("tasks",), (kind,))
+    shared = jax.jit(lambda: evaluate(num_tasks=num_tasks, mesh=mesh)._replace(num_tasks=0))()
+    assert_close(shared, evaluate(num_tasks=num_tasks)._replace(num_tasks=0), 1e-6)
+
+
 def test_a_longer_evaluation_begins_with_the_shorter_one():
     short, long = evaluate(num_tasks=10), evaluate(num_tasks=30)
     assert_close(short.per_task["sum"], long.per_task["sum"][:10], 1e-6)

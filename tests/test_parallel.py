@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from problems import assert_close, network, network_problem, one
 
 import fomaml_jax as fj
@@ -111,6 +112,36 @@ def test_sharded_leaves_out_the_same_tasks():
     expected, _ = fj.over_tasks(FOMAML)(params, jax.tree.map(lambda x: x[2:], tasks))
     assert_close(grads, expected)
     assert info.finite.tolist() == [False, False, True, True, True, True]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("mapped", [jax.pmap, jax.vmap])
+def test_an_axis_of_ones_own_leaves_out_the_same_tasks(mapped):
+    params, tasks = network_problem(6)
+    broken = jax.tree.map(lambda x: x.at[jnp.array([0, 1])].set(jnp.nan), tasks)
+    split = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), broken)
+    spread = mapped(fj.over_tasks(FOMAML, axis_name="mine"), axis_name="mine", in_axes=(None, 0))
+    grads, info = spread(params, split)
+    expected, _ = fj.over_tasks(FOMAML)(params, jax.tree.map(lambda x: x[2:], tasks))
+    for device in range(2):
+        assert_close(one(grads, device), expected)
+    assert info.finite.tolist() == [[False, False, True], [True, True, True]]
+
+
+def test_a_number_of_steps_known_at_run_time_inside_of_a_shard_map():
+    params, tasks = network_problem(4)
+    mesh = jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))
+
+    def mean(params, tasks, num_steps):
+        traced = fj.fomaml(network, optax.adam(0.1), num_steps)
+        return fj.over_tasks(traced, axis_name="tasks")(params, tasks)[0]
+
+    specs = (jax.P(), jax.P("tasks"), jax.P())
+    with jax.numpy_dtype_promotion("standard"):
+        mapped = jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=jax.P())
+        found = jax.jit(mapped)(params, tasks, jnp.array(3))
+        expected, _ = fj.over_tasks(fj.fomaml(network, optax.adam(0.1), 3))(params, tasks)
+    assert_close(found, expected, 1e-6)
 
 
 def test_one_all_reduce_and_nothing_else_is_sent():

@@ -155,6 +155,11 @@ REFUSED = {
         ValueError,
         "3 tasks do not divide among the 2 devices of the mesh; pass 2 or 4",
     ),
+    "two ways to share out tasks": (
+        lambda: over_tasks(TASKS, mesh=jax.make_mesh((1,), ("t",)), axis_name="t"),
+        ValueError,
+        "given a mesh, on which it shards the tasks itself, and an axis_name, for tasks",
+    ),
     "too many ways": (
         lambda: fj.tasks.episodes(np.zeros((4, 5, 2)), ways=5, shots=1, queries=1),
         ValueError,

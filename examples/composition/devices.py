@@ -18,21 +18,17 @@ def loss_fn(params, batch):
     return jnp.mean((net.apply(params, batch[0]) - batch[1]) ** 2)
 
 
-over_tasks = fj.over_tasks(fj.fomaml(loss_fn, optax.sgd(0.01), num_steps=5))
+fomaml = fj.fomaml(loss_fn, optax.sgd(0.01), num_steps=5)
 
 
 def by_shard_map(params, tasks):
-    """Each device takes the mean over its tasks; one `pmean` joins them."""
+    """Each device takes its own tasks; one all-reduce inside joins what they found."""
     mesh = jax.make_mesh((jax.device_count(),), ("tasks",), (jax.sharding.AxisType.Auto,))
     one, each = PartitionSpec(), PartitionSpec("tasks")
 
-    def local(params, tasks):
-        return jax.lax.pmean(over_tasks(params, tasks)[0], "tasks")
-
-    # Without check_vma=False jax.grad would sum every inner gradient over the devices.
-    return jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(one, each), out_specs=one, check_vma=False)
-    )(params, tasks)
+    joined = fj.over_tasks(fomaml, axis_name="tasks")
+    mapped = jax.shard_map(joined, mesh=mesh, in_specs=(one, each), out_specs=(one, each))
+    return jax.jit(mapped)(params, tasks)[0]
 
 
 def by_pmap(params, tasks):
@@ -40,10 +36,8 @@ def by_pmap(params, tasks):
     devices = jax.device_count()
     split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), tasks)
 
-    def local(params, tasks):
-        return jax.lax.pmean(over_tasks(params, tasks)[0], "devices")
-
-    grads = jax.pmap(local, axis_name="devices", in_axes=(None, 0))(params, split)
+    joined = fj.over_tasks(fomaml, axis_name="devices")
+    grads, _ = jax.pmap(joined, axis_name="devices", in_axes=(None, 0))(params, split)
     return jax.tree.map(lambda x: x[0], grads)
 
 
@@ -52,7 +46,7 @@ def main():
     params = net.init(jax.random.key(0), jnp.zeros((1, 1)))
     sample_task = fj.tasks.sinusoid(shots=5, queries=10)
     tasks = jax.vmap(sample_task)(fj.tasks.task_keys(jax.random.key(1), 0, 8))
-    expected, _ = jax.jit(over_tasks)(params, tasks)
+    expected, _ = jax.jit(fj.over_tasks(fomaml))(params, tasks)
     for way in (by_shard_map, by_pmap):
         apart = jax.tree.map(lambda a, b: abs(a - b).max(), way(params, tasks), expected)
         furthest = max(jax.tree.leaves(apart))
