@@ -39,6 +39,8 @@ def main() -> None:
     common.write("kills", rows, asked.out)
     if not all(rows[0]["same"].values()):
         raise SystemExit(1)
+    if len(rows[0]["kills"]) < asked.kills:
+        raise SystemExit("the run came to its end before the last kill: pass more --steps")
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {

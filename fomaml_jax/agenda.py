@@ -78,6 +78,8 @@ def agenda_of(
     given |= {"report_every": report_every}
     if not isinstance(checkpoint_every, datetime.timedelta):
         given |= {"checkpoint_every": checkpoint_every}
+    elif checkpoint_every < datetime.timedelta():
+        raise ValueError(f"checkpoint_every must be at least no time, got {checkpoint_every}")
     for name, value in given.items():
         if value is not None:
             refusals.check_at_least(name, value, 1)

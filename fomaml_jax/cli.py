@@ -5,11 +5,14 @@ import dataclasses
 import io
 import itertools
 import math
+import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +31,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
 
-REFUSED, DIVERGED, INTERRUPTED = 2, 3, 130
+FAILED, REFUSED, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 
 STATISTICS = {
     TRANSDUCTIVE: "query batches normalised together (transductive)",
@@ -51,8 +54,9 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
   report     draws runs, side by side, into one page that needs no other file, and PNG pictures
 
 `fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.
-Exit codes: 0 done, or terminated with everything saved; 2 refused (one line says why); 3 diverged
-(the parameters before that are saved); 130 interrupted (everything is saved)."""
+Exit codes: 0 done, or terminated with everything saved; 1 a fault of the program (one line says
+which, and where its traceback is); 2 refused (one line says why); 3 diverged (the state before that
+is saved); 130 interrupted (everything is saved)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,8 @@ class Evaluate:
     """Where the data are now; where they were unless given."""
     duplicates: Literal["refuse", "keep"] | None = None
     """The same file in two splits; as in the run unless given."""
+    offline: bool = False
+    """Never download."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs, so that the next evaluation starts sooner."""
 
@@ -94,8 +100,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after the program's name; `sys.argv` unless given.
 
     Raises:
-        SystemExit: with 2 for what is refused, 130 when interrupted.
+        SystemExit: with the exit codes that `fomaml-jax --help` lists.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where a terminal has no "±"
+    try:
+        _command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who was reading has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # such as a full disk behind the standard output
+        _stop(" ".join(str(error).split()), REFUSED)
+    except Exception as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """One line for the person, the traceback in a file for who mends it."""
+    said = (str(error).strip() or "no message").splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in said:
+        _stop(f"this does not fit in memory; ask for less at once ({said})", REFUSED)
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="fomaml-jax-", suffix=".txt", delete=False
+    ) as file:
+        traceback.print_exception(error, file=file)
+    _stop(f"{type(error).__name__}: {said}; the traceback is in {file.name}", FAILED)
+
+
+def _command(arguments: Sequence[str] | None) -> None:
     use_every_core()
     command, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -132,7 +165,9 @@ def _train(words: list[str]) -> None:
     else:
         chosen, folder = _run_to_resume(name, rest, resumed), resumed
     if resumed is not None and (result := runs.finished(resumed)) is not None:
-        print(table(result))
+        with _refusing():
+            shown = _read_table(resumed, result)
+        print(shown)
         print(f"\nThe run in {resumed} was finished before.")
         return
     with _refusing():
@@ -165,8 +200,12 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
     except DivergedError as error:
         saved = f"{folder} holds the parameters before that"
         _stop(f"{error}; {saved}", DIVERGED)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         _stop(" ".join(str(error).split()), REFUSED)
+    except OSError as error:
+        said = " ".join(str(error.strerror or error).split())
+        begun = f"; go on with: {resume_with}" if (folder / runs.CONFIG).exists() else ""
+        _stop(f"cannot write to {folder}: {said}{begun}", REFUSED)
     except (KeyboardInterrupt, _Terminated) as stop:  # while judging, all training being saved
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else 0
         _stop(f"interrupted; go on with: {resume_with}", code)
@@ -196,7 +235,7 @@ def _without_resume(words: list[str]) -> tuple[list[str], Path | None]:
     """The words but for `--resume RUN`, and the run."""
     for i, word in enumerate(words):
         if word == "--resume":
-            if i + 1 == len(words):
+            if i + 1 == len(words) or words[i + 1].startswith("-"):
                 _stop("--resume needs the folder of a run", REFUSED)
             return words[:i] + words[i + 2 :], Path(words[i + 1])
         if word.startswith("--resume="):
@@ -240,15 +279,15 @@ def _evaluate(words: list[str]) -> None:
         _keep_compiled_programs(asked.compilation_cache)
         chosen, problem, params = _trained(asked.run, asked)
         against = None if asked.against is None else _trained(asked.against, asked)
+        differences = {}
         if against is not None:
             options.check_same_tasks(chosen, against[0])
+            differences = experiment.difference(chosen, problem, params, *against)
     try:
-        result = experiment.evaluate(chosen, problem, params)
-        if against is not None:
-            result["baselines"] = experiment.difference(chosen, problem, params, *against[1:])
-        print(table(result))
+        result = experiment.evaluate(chosen, problem, params) | {"baselines": differences}
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
+    print(table(result))
 
 
 def _report(words: list[str]) -> None:
@@ -271,8 +310,12 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     for name in ("path", "duplicates"):
         if name in changes and not hasattr(chosen, name):
             raise ValueError(f"--{name}: {options.name_of(chosen)} has no data to look for")
+    if asked.offline and hasattr(chosen, "offline"):
+        changes["offline"] = True
     with _plain_warnings():
         problem = problems.build(dataclasses.replace(chosen, **changes))
+        if problem.splits is not None:
+            runs.check_data(run, experiment.described(problem.splits))
     params = runs.load_parameters(run, problem.params)
     return dataclasses.replace(chosen, **changes), problem, params
 
@@ -297,6 +340,14 @@ def table(result: dict[str, Any]) -> str:
     normalised = f", {STATISTICS[result['statistics']]}" if result["statistics"] else ""
     head = f"{result['metric']} on {result['num_tasks']} unseen tasks{normalised}"
     return "\n".join(["", head, "", *(line(*item) for item in rows.items())])
+
+
+def _read_table(run: Path, result: dict[str, Any]) -> str:
+    """The table of a result that was written before, and may have been damaged since."""
+    try:
+        return table(result)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"{run / runs.RESULT} is not what was written") from None
 
 
 def _after(steps: int) -> str:

@@ -16,7 +16,7 @@ import optax
 from fomaml_jax import baselines, options, pictures, problems, runs, training
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.checkpoints import CheckpointError
-from fomaml_jax.datasets import digest
+from fomaml_jax.datasets import Splits, digest
 from fomaml_jax.devices import mesh_for, sampled_learner, tune_sampled
 from fomaml_jax.evaluation import Evaluation, paired_difference
 from fomaml_jax.parallel import TasksAtOnce
@@ -101,10 +101,13 @@ def _train(
     if not resume:
         runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
         runs.save_parameters(folder, problem.params)
+    if problem.splits is not None and not (folder / runs.DATA).exists():
+        runs.write_json(folder / runs.DATA, described(problem.splits))
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = _meta_train(chosen, tuned, folder, keys, resume)
     params = trained.state.params if chosen.patience is None else trained.best
     runs.save_parameters(folder, params)
+    (folder / runs.DIVERGED).unlink(missing_ok=True)
     # Of a resumed run only now: had it been refused, this would not be its configuration.
     runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
     if trained.stopped in ("interrupted", "terminated"):
@@ -166,25 +169,38 @@ def difference(
     chosen: options.Options,
     problem: Problem,
     params: Params,
+    other_chosen: options.Options,
     other_problem: Problem,
     other_params: Params,
 ) -> dict[str, dict[str, float]]:
-    """Another run on the very same unseen tasks, and how much better this one is, task by task."""
+    """Another run on the very same unseen tasks, and how much better this one is, task by task.
 
-    def judged(problem: Problem, params: Params) -> Evaluation:
+    Each adapts by as many steps as it reports.
+
+    Raises:
+        ValueError: for runs of different pictures.
+    """
+    if _data_of(problem) != _data_of(other_problem):
+        raise ValueError(
+            "the runs are judged on different tasks, their pictures or splits are not the same"
+        )
+
+    def judged(problem: Problem, params: Params, num_steps: int) -> Evaluation:
         judge = problems.judge_of(
             problem,
             problem.test,
-            num_steps=chosen.adaptation_steps,
+            num_steps=num_steps,
             num_tasks=chosen.eval_tasks,
             every_step=False,
         )
         return judge(params, Keys.of(chosen.seed).test)
 
-    other = judged(other_problem, other_params)
+    one = judged(problem, params, chosen.adaptation_steps)
+    other_steps = other_chosen.adaptation_steps
+    other = judged(other_problem, other_params, other_steps)
     return {
-        "the other run": last(other),
-        "difference, task by task": last(paired_difference(judged(problem, params), other)),
+        f"the other run, after {other_steps} steps": last(other),
+        "difference, task by task": last(paired_difference(one, other)),
     }
 
 
@@ -221,6 +237,7 @@ def _meta_train(
                 boards.append(stack.enter_context(_tensorboard(folder, row["step"])))
             for name in sorted(row.keys() - {"step"}):
                 boards[0].add_scalar(name, row[name], row["step"])
+            boards[0].flush()  # before the checkpoint that takes the row for written
 
     boards: list[Any] = []
     with contextlib.ExitStack() as stack:
@@ -233,12 +250,23 @@ def _meta_train(
                 validate_every=-(-chosen.steps // VALIDATIONS),
                 on_report=follow,
                 folder=folder,
-                config=None if problem.splits is None else {"data": digest(problem.splits)},
+                config=options.identity(chosen) | _data_of(problem),
                 resume=resume,
             )
         except DivergedError as error:
             runs.save_parameters(folder, error.trained.state.params)
+            runs.write_json(folder / runs.DIVERGED, {"advice": str(error)})
             raise
+
+
+def described(splits: Splits) -> dict[str, Any]:
+    """The data of a run, so that a later evaluation knows them again, and what was trained on."""
+    names = {name: list(classes.names) for name, classes in splits._asdict().items()}
+    return {"digest": digest(splits), "classes": names}
+
+
+def _data_of(problem: Problem) -> dict[str, str]:
+    return {} if problem.splits is None else {"data": digest(problem.splits)}
 
 
 def training_of(

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import re
+import types
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,6 +250,16 @@ FREE = (
 """Options that may differ when a run is resumed: they do not change what it learns."""
 
 
+UNSHOWN = ("out", "overwrite", "tensorboard")
+"""Options about where a run goes, and not about what it is."""
+
+
+def identity(options: Options) -> dict[str, Any]:
+    """What makes a run the run it is, as plain JSON: a checkpoint is of one such alone."""
+    plain = to_json(options)
+    return {name: value for name, value in plain.items() if name not in (*FREE, *UNSHOWN)}
+
+
 def check_resumed(saved: Options, now: Options) -> None:
     """Refuses to go on with a run under other options.
 
@@ -294,12 +306,13 @@ def from_json(config: dict[str, Any]) -> Options:
     Raises:
         ValueError: for an unknown data set or option.
     """
-    config = dict(config)
-    if config.get("dataset") == "folder":  # a run from before there was the choice has kept them
+    config, name = dict(config), str(config.get("dataset"))
+    if name == "folder":  # a run from before there was the choice has kept them
         config.setdefault("duplicates", "keep")
-    kind = DATA_SETS.get(config.pop("dataset", ""))
+    kind = DATA_SETS.get(name)
     if kind is None:
         raise ValueError(f"the configuration names none of the data sets {', '.join(DATA_SETS)}")
+    del config["dataset"]
     fields = {f.name: f for f in dataclasses.fields(kind)}
     # Options that are younger than the run have their default, which is what was done before.
     needed = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
@@ -308,7 +321,23 @@ def from_json(config: dict[str, Any]) -> Options:
         raise ValueError(
             "the configuration's options differ from this version's: " + ", ".join(sorted(strange))
         )
+    expected = typing.get_type_hints(kind)
+    for name, value in config.items():
+        if not _fits(value, expected[name]):
+            raise ValueError(f"the configuration has {json.dumps(value)} for {name}")
     paths: dict[str, Any] = {
         n: Path(config[n]) for n in ("path", "out", "compilation_cache") if config.get(n)
     }
     return kind(**(config | paths))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether plain JSON can be an option of that type."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if isinstance(value, bool) or kind is bool:
+        return kind is bool and isinstance(value, bool)
+    accepted: dict[Any, Any] = {float: int | float, Path: str}
+    return isinstance(value, accepted.get(kind, kind))

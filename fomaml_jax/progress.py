@@ -28,7 +28,7 @@ def progress(name: str | None, total: int | None, unit: str, done: int = 0) -> I
         unit: of what.
         done: how much was done before.
     """
-    if name is None:
+    if name is None or sys.stderr is None:
         yield lambda done, note: None
         return
     shows_bars = sys.stderr.isatty() or "ipykernel" in sys.modules
@@ -48,8 +48,9 @@ def _bar(name: str, total: int | None, unit: str, done: int) -> Iterator[Progres
     bar = tqdm(total=total, initial=done, desc=name, unit=f" {unit}", unit_scale=True, **kwargs)
 
     def tell(done: int, note: str) -> None:
-        bar.set_postfix_str(note, refresh=False)
-        bar.update(done - bar.n)
+        with contextlib.suppress(OSError, ValueError):
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
 
     with bar:
         yield tell
@@ -67,8 +68,9 @@ def _lines(name: str, total: int | None, unit: str, done: int) -> Iterator[Progr
         of_all = f" of {total}" if total else ""
         left = f", {_clock((total - done) / speed)} left" if total and speed else ""
         pace = f"{_clock(seconds)}{left}, {speed:.3g} {unit}/s"
-        sys.stderr.write(f"{name}{share}: {done}{of_all} {unit} in {pace}, {note}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
+            sys.stderr.write(f"{name}{share}: {done}{of_all} {unit} in {pace}, {note}\n")
+            sys.stderr.flush()
 
     def tell(done: int, note: str) -> None:
         nonlocal last_said, latest

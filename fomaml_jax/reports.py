@@ -27,16 +27,18 @@ img { max-width: 100%; }
 
 
 REQUIRED = {"mean", "ci95", "per_step"}
+STEP = {"inner_steps", "mean", "ci95"}
 
 
 class Finished(NamedTuple):
-    """What is in a run's folder; the last two are `None` where it has not come to its end."""
+    """What is in a run's folder; the result is `None` where it has not come to its end."""
 
     name: str
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     result: dict[str, Any] | None
     per_task: np.ndarray | None
+    diverged: bool
 
 
 def read(folder: Path) -> Finished:
@@ -53,9 +55,12 @@ def read(folder: Path) -> Finished:
         per_task = np.load(tasks_path, allow_pickle=False) if tasks_path.exists() else None
         if result is not None and not result.keys() >= REQUIRED:
             raise ValueError(f"{runs.RESULT} lacks {', '.join(sorted(REQUIRED - result.keys()))}")
-    except (ValueError, EOFError, AttributeError) as error:
+        if result is not None and not all(row.keys() >= STEP for row in result["per_step"]):
+            raise ValueError(f"{runs.RESULT} has a step without {', '.join(sorted(STEP))}")
+    except (ValueError, TypeError, EOFError, AttributeError) as error:
         raise ValueError(f"the run in {folder} is damaged: {error}") from None
-    return Finished(folder.name, config, runs.read_metrics(folder), result, per_task)
+    diverged = (folder / runs.DIVERGED).exists()
+    return Finished(folder.name, config, runs.read_metrics(folder), result, per_task, diverged)
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
@@ -134,7 +139,7 @@ def titled(found: Sequence[Finished]) -> str:
 
 def _scored(run: Finished) -> str:
     if run.result is None:
-        return "not finished"
+        return "diverged" if run.diverged else "not finished"
     if None in (run.result["mean"], run.result["ci95"]):
         return "not finite"
     scale, unit = (100, " %") if metric(run) == "accuracy" else (1, "")

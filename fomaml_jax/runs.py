@@ -2,10 +2,12 @@
 
 import contextlib
 import contextvars
+import hashlib
 import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -29,9 +31,21 @@ LOCK = ".lock"
 PLAN = "plan.json"
 """What `--tune` measured, and what it chose."""
 
+DATA = "data.json"
+"""Which data: their digest, and the classes of each split by name."""
+
+DIVERGED = "diverged.json"
+"""Where and why a run has diverged."""
+
 RESULT = "result.json"
 PER_TASK = "per_task.npy"
 """The metric of every unseen task after the last step."""
+
+
+FOLDERS = ("checkpoints", "tensorboard")
+PICTURES = ("learning_curve.png", "episodes.png", "adaptation.png")
+FILES = (*PICTURES, METRICS, PLAN, DATA, DIVERGED, PER_TASK, RESULT, PARAMETERS, CONFIG)
+"""What a run writes, its configuration last."""
 
 
 def check_new(folder: Path, *, overwrite: bool = False) -> None:
@@ -115,12 +129,16 @@ def _is_at(path: Path, file: IO[Any]) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Takes away the run in a folder that `check_new` let pass and that is held alone."""
-    for path in folder.iterdir():
+    """Takes away the run in a folder that `check_new` let pass and that is held alone.
+
+    What no run writes stays. The configuration goes last: until then it is a run, to be cleared.
+    """
+    for name in (*FOLDERS, *FILES):
+        path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -143,14 +161,31 @@ def write_json(path: Path, value: Any) -> None:
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
     """Adds one JSON object, on a line of its own, to the metrics file."""
     with (folder / METRICS).open("a") as file:
-        file.write(json.dumps(_without_nan(row)) + "\n")
+        file.write(_line(row))
+
+
+def digest_of_metrics(rows: list[dict[str, Any]]) -> str:
+    """By which it is noticed that rows are missing, or others."""
+    return hashlib.sha256("".join(map(_line, rows)).encode()).hexdigest()
+
+
+def flush_metrics(folder: Path) -> None:
+    """Waits until the rows are on the disk."""
+    path = folder / METRICS
+    if path.exists():
+        with path.open("a") as file:
+            os.fsync(file.fileno())
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_without_nan(row)) + "\n"
 
 
 def cut_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
     """Takes away the rows after a step, which is to be taken again; returns those that stay."""
     kept = [row for row in read_metrics(folder) if row["step"] <= step]
     with replacing(folder / METRICS) as temporary:
-        temporary.write_text("".join(json.dumps(_without_nan(row)) + "\n" for row in kept))
+        temporary.write_text("".join(map(_line, kept)))
     return kept
 
 
@@ -163,6 +198,11 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+ROW: dict[str, Any] = {"step": int, "tasks": int, "left_out": int}
+ROW |= dict.fromkeys(("loss", "grad_norm"), float | int | None)
+"""What every row of metrics has."""
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of the metrics file; half a line, of a process that died, is no row.
 
@@ -170,13 +210,45 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         CheckpointError: for a line that is damaged.
     """
     path = folder / METRICS
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     try:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         rows = [json.loads(line) for line in lines]
+        for row in rows:
+            for name, kind in ROW.items():
+                if not isinstance(row.get(name, ""), kind):
+                    raise ValueError(f"a row without a number for {name}")
         # What JSON had no word for.
         return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def check_data(folder: Path, now: dict[str, Any]) -> None:
+    """Compares the data that are there now with those of the run.
+
+    Raises:
+        ValueError: where classes that it was trained on, or chosen by, would now be its test.
+
+    Warns:
+        UserWarning: where other things differ.
+    """
+    try:
+        before = json.loads((folder / DATA).read_text())
+        classes = {name: set(before["classes"][name]) for name in now["classes"]}
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / DATA} is not what was written") from None
+    if before.get("digest") == now["digest"]:
+        return
+    known = classes["train"] | classes["validation"]
+    if seen := sorted(known.intersection(now["classes"]["test"])):
+        raise ValueError(
+            f"the pictures are not those of the run in {folder}: of the classes that it would be "
+            f"tested on, {len(seen)} were trained on, such as {seen[0]}; restore the folder, or "
+            "give train/ and test/ folders"
+        )
+    warnings.warn(f"the pictures are not those that the run in {folder} had", stacklevel=2)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -195,11 +267,12 @@ def save_parameters(folder: Path, params: Params) -> None:
     What other parameters came to before goes, once these are written.
     """
     found = jax.device_get(params)
-    named = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(found)}
+    leaves = jax.tree.leaves_with_path(found)
+    named: dict[str, Any] = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     if _holds(folder / PARAMETERS, named):
         return
     with replacing(folder / PARAMETERS) as temporary:
-        np.savez(temporary, allow_pickle=False, **named)
+        np.savez(temporary, **named)
         for name in (RESULT, PER_TASK):
             (folder / name).unlink(missing_ok=True)
 

@@ -107,7 +107,10 @@ def train(
 
     A `folder` holds `metrics.jsonl`, a JSON object a report, and `checkpoints/`, of which the two
     newest are kept. A checkpoint is the learner's state, the best parameters and score, the count
-    towards `patience`, the seconds, and the sums of the report under way.
+    towards `patience`, the seconds, the sums of the report under way, and what the run is: key,
+    tasks, `config`. None is of a state from which tasks were not finite: where a run diverges, is
+    stopped, or fails in a function of yours, the one before that is saved, and what came after is
+    done again when it is resumed.
 
     Args:
         learner: any `MetaLearner`; its `step` is compiled here.
@@ -156,7 +159,8 @@ def train(
         DivergedError: where a run has diverged; it holds what there was before.
 
     Warns:
-        UserWarning: for every damaged checkpoint that was left out.
+        UserWarning: for every damaged checkpoint that was left out, for rows of metrics that are
+            missing, and where another version of JAX, device or number of devices saved the run.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, fomaml_jax as fj
@@ -188,50 +192,68 @@ def train(
     with jax.transfer_guard_host_to_device("allow"):  # once, and meant
         run = _Run(_start(learner.init(params)), scored=validate is not None)
     identity = {"key": _key_numbers(key), "tasks_per_step": tasks_per_step}
+    identity |= {"random numbers": str(jax.random.key_impl(key))}
     identity |= {"config": json.loads(json.dumps(dict(config or {}), allow_nan=False))}
     if place is None and resume:
         raise ValueError("there is nothing to resume without a folder; pass folder too")
     advance = _compiled(learner, sample_task, key, tasks_per_step, max_left_out)
     total = None if agenda.steps is None else agenda.steps * tasks_per_step
+    made_by = _made_by(mesh)
     with contextlib.ExitStack() as stack:
         if place is not None:
             stack.enter_context(runs.alone(place))
-            run.open(place, identity, resume)
+            run.open(place, identity, made_by, resume)
         run.carry = _placed(run.carry, mesh)
         began, last_saved = time.monotonic() - run.seconds, time.monotonic()
         stride, told = 1, None
         good = latest = run.copied()
+
+        def keep(run: _Run) -> None:
+            if place is not None:
+                run.save(place, identity, made_by)
+
+        def append(row: dict[str, Any]) -> None:
+            if place is not None:
+                runs.append_metrics(place, row)
+
         asked = stack.enter_context(signals.noticed(stop_on_signals))
         tell = stack.enter_context(progress(name, total, "tasks", run.step * tasks_per_step))
-        while (
-            why := asked.to or agenda.over(run.step, run.since_best, run.seconds) or told
-        ) is None:
-            called, before = time.monotonic(), run.step
-            until = min(run.step + stride, agenda.next_event(run.step))
-            limits = jax.device_put((np.int32(until), np.bool(run.reported)))
-            run.carry = jax.block_until_ready(advance(run.carry, *limits))
-            # What was there before is good if the tasks of the step after it were.
-            good = latest if run.streak < run.step - latest.step else good
-            stride = _next_stride(run.step - before, time.monotonic() - called)
-            if run.streak >= DIVERGED_STEPS:
-                raise DivergedError(_advice(run.step, max_left_out), good.trained("stopped"))
-            if agenda.reports(run.step):
-                row = run.report(tasks_per_step)
-                if validate is not None and agenda.scores(run.step):
-                    run.score(float(jax.device_get(validate(run.params))), lower_is_better)
-                if place is not None:
-                    runs.append_metrics(place, row)
-                if on_report is not None and on_report(row, run.copied().params):
-                    told = "stopped"
-            run.seconds = time.monotonic() - began
-            latest = run.copied()
-            tell(run.step * tasks_per_step, run.note())
-            due = agenda.saves(run.step, time.monotonic() - last_saved)
-            if place is not None and due and run.streak == 0:  # else it may be what has diverged
-                run.save(place, identity)
-                last_saved = time.monotonic()
-        if place is not None:
-            run.save(place, identity)
+        try:
+            while (
+                why := asked.to or agenda.over(run.step, run.since_best, run.seconds) or told
+            ) is None:
+                called, before = time.monotonic(), run.step
+                until = min(run.step + stride, agenda.next_event(run.step))
+                limits = jax.device_put((np.int32(until), np.bool(run.reported)))
+                run.carry = jax.block_until_ready(advance(run.carry, *limits))
+                # What was there before is good if the tasks of the step after it were.
+                good = latest if run.streak < run.step - latest.step else good
+                stride = _next_stride(run.step - before, time.monotonic() - called)
+                if run.streak >= DIVERGED_STEPS:
+                    tell(run.step * tasks_per_step, run.note())
+                    append(run.report(tasks_per_step))
+                    raise DivergedError(_advice(run.step, max_left_out), good.trained("stopped"))
+                if agenda.reports(run.step):
+                    row = run.report(tasks_per_step)
+                    if validate is not None and agenda.scores(run.step):
+                        run.score(float(jax.device_get(validate(run.params))), lower_is_better)
+                    append(row)
+                    if on_report is not None and on_report(row, run.copied().params):
+                        told = "stopped"
+                run.seconds = time.monotonic() - began
+                tell(run.step * tasks_per_step, run.note())
+                due = agenda.saves(run.step, time.monotonic() - last_saved)
+                if due and run.streak == 0:
+                    keep(run)
+                    last_saved = time.monotonic()
+                latest = run.copied()
+        except Exception:  # divergence, or the caller's own functions
+            with contextlib.suppress(OSError):
+                keep(good)
+            raise
+        # Where tasks were left out just now, it may be this state that has diverged: from the one
+        # before, the same steps are taken again.
+        keep(run if run.streak == 0 else good)
     return run.trained(asked.to or why)
 
 
@@ -293,7 +315,7 @@ def _compiled(
             sampled = jax.vmap(sample_task)(task_keys(key, carry.step, tasks_per_step))
             meta, info = learner.step(carry.meta, sampled)
             left_out = tasks_per_step - info.num_finite
-            too_many = left_out > math.floor(max_left_out * tasks_per_step)
+            too_many = left_out > math.floor(max_left_out * tasks_per_step + 1e-6)
             return _Carry(
                 meta,
                 carry.step + 1,
@@ -398,7 +420,9 @@ class _Run:
         """What to say beside the progress."""
         loss = f"loss {self.metrics[-1]['loss']:.3f}" if self.metrics else ""
         score = "" if self.best_score is None else f", best {self.best_score:.3f}"
-        return loss + score + (f", {self.left_out} tasks left out" if self.left_out else "")
+        unreported = 0 if self.reported else int(jax.device_get(self.carry.left_out))
+        left_out = self.left_out + unreported
+        return loss + score + (f", {left_out} tasks left out" if left_out else "")
 
     def trained(self, why: Why) -> Trained:
         """As the result."""
@@ -406,17 +430,22 @@ class _Run:
         best = meta.params if self.best_score is None else self.best
         return Trained(meta, best, self.best_score, self.metrics, why, self.seconds)
 
-    def save(self, folder: Path, identity: dict[str, Any]) -> None:
+    def save(self, folder: Path, identity: dict[str, Any], made_by: dict[str, Any]) -> None:
         """Writes a checkpoint, if there is something new."""
         if self.saved == self.step:
             return
         fields = ("last_report", "best_score", "since_best", "seconds", "left_out")
-        notes = {"identity": identity} | {name: getattr(self, name) for name in fields}
+        notes = {name: getattr(self, name) for name in fields}
+        notes |= {"identity": identity, "made_by": made_by}
+        notes |= {"rows": len(self.metrics), "digest": runs.digest_of_metrics(self.metrics)}
+        runs.flush_metrics(folder)
         tree = {"carry": self.carry, "best": self.best}
         checkpoints.save(folder / CHECKPOINTS, Checkpoint(self.step, tree, notes))
         self.saved = self.step
 
-    def open(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
+    def open(
+        self, folder: Path, identity: dict[str, Any], made_by: dict[str, Any], resume: bool
+    ) -> None:
         """Goes on from the newest checkpoint, or begins in an empty folder."""
         begun = (folder / CHECKPOINTS).exists() or (folder / runs.METRICS).exists()
         if begun and not resume:
@@ -430,23 +459,52 @@ class _Run:
         found, damaged = checkpoints.newest(folder / CHECKPOINTS, like)
         for line in damaged:
             warnings.warn(line, stacklevel=3)
-        if found is not None:
-            notes = dict(found.notes)
-            _check_identity(folder, notes.pop("identity"), identity)
-            self.carry, self.best = found.tree["carry"], found.tree["best"]
-            for name, value in notes.items():
-                setattr(self, name, value)
-            self.saved = found.step
-        else:
+        if found is None:
             warnings.warn(f"{folder} has no checkpoint; training begins at the start", stacklevel=3)
+            self.metrics = runs.cut_metrics(folder, self.step)
+            return
+        notes = dict(found.notes)
+        _check_identity(folder, notes.pop("identity"), identity)
+        if (before := notes.pop("made_by")) != made_by:
+            warnings.warn(
+                f"the run in {folder} was saved with {_listed(before)}, and goes on with "
+                f"{_listed(made_by)}: on the same tasks, to the same numbers but for rounding",
+                stacklevel=3,
+            )
+        rows, digest = notes.pop("rows"), notes.pop("digest")
+        self.carry, self.best = found.tree["carry"], found.tree["best"]
+        for name, value in notes.items():
+            setattr(self, name, value)
+        self.saved = found.step
         self.metrics = runs.cut_metrics(folder, self.step)
+        if digest != runs.digest_of_metrics(self.metrics):
+            warnings.warn(
+                f"{folder / runs.METRICS} is not what was written up to step {self.step} ({rows} "
+                f"rows, found {len(self.metrics)}): its curves have gaps, the training has none",
+                stacklevel=3,
+            )
+
+
+def _made_by(mesh: Mesh | None) -> dict[str, Any]:
+    """What else bits depend on."""
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    return {
+        "jax": jax.__version__,
+        "device": devices[0].device_kind,
+        "devices": 1 if mesh is None else len(devices),
+    }
+
+
+def _listed(made_by: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in made_by.items())
 
 
 def _check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     before_and_now = [_flat(identity) for identity in (saved, now)]
     for name in before_and_now[0] | before_and_now[1]:
         before, after = (identity.get(name) for identity in before_and_now)
-        if before != after:
+        # A name that is younger than the checkpoint cannot be compared.
+        if name in before_and_now[0] and before != after:
             raise CheckpointError(
                 f"the run in {folder} is another one: {name} was {before}, now {after}"
             )
@@ -466,6 +524,6 @@ def _key_numbers(key: jax.Array) -> list[int]:
 def _advice(step: int, max_left_out: float) -> str:
     return (
         f"training has diverged: in each of the {DIVERGED_STEPS} steps up to step {step}, more "
-        f"than {max_left_out:.0%} of the tasks had a loss or a gradient that is not finite; lower "
-        "the inner rate, clip the inner gradients, or lower the outer rate"
+        f"than {100 * max_left_out:g}% of the tasks had a loss or a gradient that is not finite; "
+        "lower the inner rate, clip the inner gradients, or lower the outer rate"
     )

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,12 +130,22 @@ MUTATIONS = [
 
 def caught(mutation: Mutation, folder: Path) -> bool:
     """Whether the tests fail in a copy with the wrong in it."""
+    copy_to(folder)
+    path = folder / "fomaml_jax" / mutation.file
+    path.write_text(path.read_text().replace(mutation.right, mutation.wrong, 1))
+    return fails(mutation.tests.split(), folder)
+
+
+def copy_to(folder: Path) -> None:
+    """The repository as it is."""
     shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    path = folder / "fomaml_jax" / mutation.file
-    path.write_text(path.read_text().replace(mutation.right, mutation.wrong, 1))
-    tests = [str(folder / "tests" / name) for name in mutation.tests.split()]
+
+
+def fails(names: Iterable[str], folder: Path) -> bool:
+    """Whether one of these test files does, in a copy."""
+    tests = [str(folder / "tests" / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(folder)}
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
@@ -145,6 +156,11 @@ def main() -> None:
     """Tries them all, and says which got away."""
     escaped = 0
     with tempfile.TemporaryDirectory() as home:
+        copy_to(Path(home) / "copy")
+        if fails(
+            sorted({name for m in MUTATIONS for name in m.tests.split()}), Path(home) / "copy"
+        ):
+            sys.exit("tests fail without any wrong: they would catch everything")
         for mutation in MUTATIONS:
             verdict = "caught" if caught(mutation, Path(home) / "copy") else "GOT AWAY"
             escaped += verdict != "caught"

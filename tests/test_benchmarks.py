@@ -43,6 +43,8 @@ def test_short_form(name, tmp_path):
     result = json.loads(out.read_text())
     assert result["rows"]
     assert {"device", "versions", "commit", "date"} <= set(result["environment"])
+    if name == "kills":
+        assert len(result["rows"][0]["kills"]) == 3
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
 

@@ -31,7 +31,7 @@ from command_line import (
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from fomaml_jax import cli, datasets, experiment, options, problems, runs
+from fomaml_jax import checkpoints, cli, datasets, experiment, options, problems, runs
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -59,7 +59,8 @@ def is_picture(path):
 
 def test_a_run_fills_its_folder(glyphs, sinusoid):
     for run, picture in ((glyphs, "episodes.png"), (sinusoid, "adaptation.png")):
-        assert {path.name for path in run.folder.iterdir()} == FILES | {picture}
+        of_data = {"data.json"} if run is glyphs else set()
+        assert {path.name for path in run.folder.iterdir()} == FILES | of_data | {picture}
         assert is_picture(run.folder / picture)
         assert is_picture(run.folder / "learning_curve.png")
 
@@ -274,8 +275,9 @@ def test_evaluate_compares_two_runs_task_by_task(sinusoid, tmp_path):
     assert found.code == 0, found.err
     rows = {name: (mean, ci95) for name, mean, ci95 in rows_of(found.out.replace(" -", "  "))}
     alone = call("evaluate", other.folder, "--eval-tasks", "50")
-    assert rows["the other run"] == rows_of(alone.out)[-1][1:]
-    here, there = rows["after 2 steps"], rows["the other run"]
+    other = "the other run, after 2 steps"
+    assert rows[other] == rows_of(alone.out)[-1][1:]
+    here, there = rows["after 2 steps"], rows[other]
     gap, ci95 = rows["difference, task by task"]
     assert abs(gap - abs(here[0] - there[0])) < 0.002
     assert ci95 < here[1] + there[1]
@@ -465,7 +467,7 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, sinusoid):
     (folder / "notes.txt").touch()
     words = ("train", "sinusoid", *TINY, "--eval-steps", "2", "--overwrite", "--out")
     assert call(*words, folder).code == 0
-    assert {path.name for path in folder.iterdir()} == FILES | {"adaptation.png"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"adaptation.png", "notes.txt"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     for config in (None, '{"model": "bert"}'):
@@ -486,6 +488,186 @@ def test_divergence_stops_with_advice(tmp_path):
     assert "clip the inner gradients" in last
     assert last.endswith(f"{tmp_path} holds the parameters before that")
     assert not has_moved(tmp_path)
+    assert "20 tasks left out" in run.err
+    report = tmp_path / "report"
+    assert call("report", tmp_path, "--out", report).code == 0
+    page = (report / "report.html").read_text()
+    assert "<td>diverged</td>" in page
+    assert "<td>20</td>" in page
+    again = call("train", "--resume", tmp_path)
+    assert (again.code, again.err.splitlines()[-1]) == (3, last)
+
+
+def test_other_rates_are_no_way_to_go_on(tmp_path):
+    run = trained(tmp_path, "sinusoid", *TINY, "--minutes", "0.00001")
+    config = json.loads((run.folder / "config.json").read_text())
+    (run.folder / "config.json").write_text(json.dumps(config | {"inner_rate": 0.3}))
+    before = everything(run.folder)
+    refused = call("train", "--resume", run.folder, "--minutes", "60")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.splitlines()[-1] == (
+        f"fomaml-jax: the run in {run.folder} is another one: config['inner_rate'] was 0.01, "
+        "now 0.3"
+    )
+    assert everything(run.folder) == before
+
+
+def test_evaluating_on_other_pictures_is_said_or_refused(tmp_path):
+    data = paint_classes(tmp_path / "data", 6)
+    words = ("--path", data, "--size", "8", "--no-compare")
+    run = trained(tmp_path / "run", "folder", *SMALL_FOLDER, *words)
+    other = trained(tmp_path / "other", "folder", *SMALL_FOLDER, *words)
+    assert call("evaluate", run.folder, "--against", other.folder).code == 0
+    shutil.copytree(data, tmp_path / "more")
+    (picture,) = list((tmp_path / "more" / "class 0").glob("0.png"))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture)
+    changed = call("evaluate", run.folder, "--path", tmp_path / "more")
+    assert changed.code == 0
+    assert f"the pictures are not those that the run in {run.folder} had" in changed.err
+    words = ("--path", tmp_path / "more", "--size", "8", "--no-compare")
+    third = trained(tmp_path / "third", "folder", *SMALL_FOLDER, *words)
+    refused = call("evaluate", run.folder, "--against", third.folder)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.endswith("tasks, their pictures or splits are not the same\n")
+    described = json.loads((run.folder / "data.json").read_text())
+    seen = described["classes"]["test"].pop()
+    described["classes"]["train"].append(seen)  # as where one class more deals others out
+    (run.folder / "data.json").write_text(json.dumps(described))
+    shutil.rmtree(data)
+    refused = call("evaluate", run.folder, "--path", tmp_path / "more")
+    assert (refused.code, refused.out) == (2, "")
+    assert f"tested on, 1 were trained on, such as {seen}; restore the folder" in refused.err
+
+
+def edited_manifest(**changes):
+    """Writes into the newest checkpoint's manifest, as another program would have written it."""
+
+    def edit(run):
+        path = max((run / "checkpoints").iterdir()) / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["digest"]
+        for name, change in changes.items():
+            manifest[name] = change(manifest[name])
+        digest = checkpoints._digest_of(manifest)
+        path.write_text(json.dumps(manifest | {"digest": digest}))
+
+    return edit
+
+
+def in_half_precision(leaves):
+    return [[name, "float16" if "bias" in name else d, shape] for name, d, shape in leaves]
+
+
+def of_other_rates(run):
+    shutil.rmtree(run / "checkpoints")
+    other = run.with_name("other")
+    trained(other, "sinusoid", *TINY, "--minutes", "0.00001", "--rate", "0.5")
+    shutil.copytree(other / "checkpoints", run / "checkpoints")
+
+
+def all_emptied(run):
+    for path in (run / "checkpoints").rglob("manifest.json"):
+        path.write_text("")
+
+
+BIAS = r"\['best'\]\['params'\]\['Dense_0'\]\['bias'\]"
+WRONG_CHECKPOINTS = {
+    "of other rates": (
+        of_other_rates,
+        r"the run in RUN is another one: config\['rate'\] was 0.5, now 0.001",
+    ),
+    "of another dtype": (
+        edited_manifest(leaves=in_half_precision),
+        rf"CHECKPOINT is of another problem: {BIAS} should be float32\[40\], found float16\[40\]",
+    ),
+    "of another shape": (
+        edited_manifest(leaves=lambda x: [[n, d, [*s, 1] if "bias" in n else s] for n, d, s in x]),
+        rf"CHECKPOINT is of another problem: {BIAS} should be float32\[40\], "
+        r"found float32\[40, 1\]",
+    ),
+    "of another version": (
+        edited_manifest(format=lambda _: 99),
+        r"CHECKPOINT was written by another version of fomaml_jax \(99\)",
+    ),
+    "of another step": (
+        edited_manifest(step=lambda _: 7),
+        "no checkpoint can be read: the checkpoint CHECKPOINT is damaged and was left out: "
+        "manifest.json is that of step 7",
+    ),
+    "emptied": (
+        all_emptied,
+        "no checkpoint can be read: the checkpoint CHECKPOINT is damaged and was left out: "
+        "manifest.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG_CHECKPOINTS.values(), ids=WRONG_CHECKPOINTS)
+def test_a_wrong_checkpoint_is_refused(tmp_path, spoil, message):
+    run = trained(tmp_path / "run", "sinusoid", *TINY, "--minutes", "0.00001").folder
+    spoil(run)
+    before = everything(run)
+    refused = call("train", "--resume", run, "--minutes", "60")
+    assert (refused.code, refused.out) == (2, "")
+    message = message.replace("CHECKPOINT", str(max((run / "checkpoints").iterdir())))
+    said = refused.err.splitlines()[-1]
+    assert re.fullmatch("fomaml-jax: " + message.replace("RUN", str(run)), said), said
+    assert everything(run) == before
+
+
+# Faults.
+
+
+def test_a_fault_is_a_line_and_a_file(tmp_path, monkeypatch, sinusoid):
+    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(experiment, "evaluate", Mock(side_effect=KeyError("zeal")))
+    run = call("evaluate", sinusoid.folder)
+    assert (run.code, run.out) == (1, "")
+    (file,) = tmp_path.iterdir()
+    assert run.err == f"fomaml-jax: KeyError: 'zeal'; the traceback is in {file}\n"
+    assert "Traceback (most recent call last)" in file.read_text()
+
+
+def test_too_little_memory_is_said(monkeypatch, sinusoid):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    monkeypatch.setattr(experiment, "evaluate", Mock(side_effect=error))
+    run = call("evaluate", sinusoid.folder)
+    assert run.code == 2
+    assert run.err == (
+        "fomaml-jax: this does not fit in memory; ask for less at once (RESOURCE_EXHAUSTED: Out "
+        "of memory allocating 9 bytes.)\n"
+    )
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a pipe that nobody reads", "a terminal in ASCII"])
+def test_an_output_that_takes_no_words(where, sinusoid):
+    words = [sys.executable, "-m", "fomaml_jax", "train", "--resume", str(sinusoid.folder)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    read, write = os.pipe()
+    os.close(read)
+    with (
+        open("/dev/full" if where == "/dev/full" else os.devnull, "w") as file,
+        open(write, "w") as pipe,
+    ):
+        out = pipe if where == "a pipe that nobody reads" else file
+        done = subprocess.run(
+            words, stdout=out, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    code, said = done.returncode, done.stderr
+    if where == "/dev/full":
+        assert (code, said) == (2, "fomaml-jax: [Errno 28] No space left on device\n")
+    else:
+        assert (code, said) == (0, "")
+
+
+def test_a_result_that_was_damaged_is_said(sinusoid, tmp_path):
+    for i, damage in enumerate([{"per_step": [1]}, {"otherwise": []}, {"statistics": "x"}]):
+        folder = shutil.copytree(sinusoid.folder, tmp_path / str(i))
+        result = json.loads((folder / "result.json").read_text()) | damage
+        (folder / "result.json").write_text(json.dumps(result))
+        run = call("train", "--resume", folder)
+        assert run.code == 2
+        assert run.err == f"fomaml-jax: {folder}/result.json is not what was written\n"
 
 
 def test_patience_and_minutes(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import call, everything
 from PIL import Image
 
 from fomaml_jax.datasets import _omniglot, _omniglot_drawings, omniglot
@@ -457,3 +458,57 @@ def test_refused_paths(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file is not a folder, expected a folder with"):
         omniglot(tmp_path / "file")
+
+
+FIRST = f"{BACKGROUND}/Hebrew/character01/0001_01.png in SMALL/{BACKGROUND}.zip"
+NEW_COPY = "expected a PNG of 105 x 105 one-bit pixels: get a new copy"
+EXACT = {
+    "a member of too many bytes": (
+        make_a_bomb,
+        f"{FIRST} has more than 1048576 bytes, expected some hundred: get a new copy",
+    ),
+    "a picture of too many pixels": (
+        declare_a_bomb,
+        f"{FIRST} cannot be read (DecompressionBombError), {NEW_COPY}",
+    ),
+    "a symbolic link": (link, f"{FIRST} cannot be read (UnidentifiedImageError), {NEW_COPY}"),
+    "too many members": (
+        multiply,
+        f"SMALL/{BACKGROUND}.zip has 130 members, expected Omniglot's {BACKGROUND}.zip, which has "
+        "fewer than 120: get a new copy",
+    ),
+    "a member above": (
+        add("../evil.png"),
+        f"SMALL/{BACKGROUND}.zip has the member '../evil.png', which leads out of it: get a new "
+        "copy",
+    ),
+    "a member elsewhere": (
+        add("/etc/evil.png"),
+        f"SMALL/{BACKGROUND}.zip has the member '/etc/evil.png', which leads out of it: get a new "
+        "copy",
+    ),
+    "pictures of mixed sizes": (
+        replace_first(picture(RNG, 28)),
+        f"{FIRST} is a picture of 28 x 28 pixels in mode '1', expected 105 x 105 in mode '1'",
+    ),
+    "half an archive": (
+        truncate,
+        f"SMALL/{BACKGROUND}.zip (5000 bytes) is no complete zip archive (File is not a zip "
+        f"file), expected Omniglot's {BACKGROUND}.zip: delete this copy and get it again",
+    ),
+    "a character too few": (
+        lose("Latin/character02"),
+        f"SMALL/{BACKGROUND}.zip holds 3 characters, expected 4: Latin/character02 is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), EXACT.values(), ids=EXACT)
+def test_the_command_line_refuses_an_archive_in_a_line(small, monkeypatch, damage, message):
+    monkeypatch.setattr(_omniglot_drawings, "_MOST", 120)
+    damage(small)
+    before = everything(small)
+    run = call("train", "omniglot", "--path", small, "--out", small / "run")
+    expected = f"fomaml-jax: {message.replace('SMALL', str(small))}\n"
+    assert (run.code, run.out, run.err) == (2, "", expected)
+    assert everything(small) == before

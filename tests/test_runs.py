@@ -254,17 +254,38 @@ def test_a_new_run_goes_to_a_new_or_an_empty_folder(tmp_path):
         assert not list(folder.iterdir())
 
 
-def test_clearing_takes_away_everything_in_the_folder_and_nothing_outside(tmp_path):
+def test_clearing_takes_away_a_run_and_nothing_else(tmp_path):
     run, outside = tmp_path / "run", tmp_path / "outside"
     for folder in (run / "checkpoints" / "1", outside):
         folder.mkdir(parents=True)
         (folder / "file").touch()
-    (run / "link").symlink_to(outside)
-    (run / "config.json").touch()
+    (run / "tensorboard").symlink_to(outside)
+    for name in ("config.json", "result.json", "metrics.jsonl", "notes.txt"):
+        (run / name).touch()
     with runs.alone(run):
         runs.clear(run)
-        assert [path.name for path in run.iterdir()] == [".lock"]
+        assert {path.name for path in run.iterdir()} == {".lock", "notes.txt"}
     assert (outside / "file").exists()
+
+
+def test_clearing_that_was_interrupted_leaves_a_run_to_be_cleared(tmp_path, monkeypatch):
+    for name in runs.FILES:
+        (tmp_path / name).write_text(json.dumps(options.to_json(options.Sinusoid())))
+    unlink, left = runs.Path.unlink, len(runs.FOLDERS + runs.FILES)
+
+    def dying(path, **kwargs):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        unlink(path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            runs.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    runs.check_new(tmp_path, overwrite=True)
 
 
 def test_a_folder_with_something_in_it_and_a_file_are_refused(tmp_path):
@@ -380,6 +401,29 @@ UNREADABLE = {
     "options of another version": (
         CONFIG | {"zeal": 1},
         "the configuration's options differ from this version's: zeal",
+    ),
+    "no name for a data set": ({"dataset": ["x"]}, "names none of the data sets"),
+    **{
+        f"{value!r} for {name}": (
+            CONFIG | {name: value},
+            f"the configuration has {re.escape(json.dumps(value))} for {name}",
+        )
+        for name, value in [
+            ("steps", None),
+            ("steps", "3"),
+            ("steps", 3.5),
+            ("steps", True),
+            ("inner_rate", "0.01"),
+            ("minutes", "x"),
+            ("inner_clip", None),
+            ("compare", 1),
+            ("checkpoint_every", 5),
+            ("out", 3),
+        ]
+    },
+    "an unknown choice": (
+        options.to_json(options.Glyphs()) | {"pooling": "mean"},
+        'the configuration has "mean" for pooling',
     ),
     "no path": (
         {"dataset": "folder"},

@@ -421,7 +421,8 @@ def test_a_loss_that_json_has_no_word_for_does_not_stop_a_resume(tmp_path):
     halted(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_text(re.sub(r'"loss": [^,]+', '"loss": null', path.read_text()))
-    resumed = train(**RUN, folder=tmp_path, resume=True)
+    with pytest.warns(UserWarning, match="is not what was written"):
+        resumed = train(**RUN, folder=tmp_path, resume=True)
     assert np.isnan(resumed.metrics[0]["loss"])
     assert resumed.stopped == "finished"
 
@@ -449,7 +450,8 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 def test_other_devices_resume_on_the_same_tasks(tmp_path, monkeypatch):
     halted(tmp_path)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    resumed = train(**RUN, folder=tmp_path, resume=True, tasks_at_once=None)
+    with pytest.warns(UserWarning, match="devices 2, and goes on with jax .*, devices 1: on the"):
+        resumed = train(**RUN, folder=tmp_path, resume=True, tasks_at_once=None)
     assert_close(resumed.state.params, train(**RUN).state.params, 1e-4)
 
 
@@ -508,6 +510,79 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
         train(**RUN, folder=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("lost", ["", "\0" * 40, None])
+def test_lost_rows_of_metrics_are_said(tmp_path, lost):
+    whole = train(**RUN)
+    halted(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    kept = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(kept[1:]) if lost is None else lost)
+    found = len(kept) - 1 if lost is None else 0
+    with pytest.warns(UserWarning, match=rf"\({len(kept)} rows, found {found}\): its curves have"):
+        resumed = train(**RUN, folder=tmp_path, resume=True)
+    assert_bitwise(resumed.state, whole.state)
+
+
+@pytest.mark.parametrize("row", ["{}", '{"step": "x"}', "3", '{"step": 1, "tasks": 4, "loss": 1}'])
+def test_rows_that_are_none_are_refused(tmp_path, row):
+    halted(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(row + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged"):
+        train(**RUN, folder=tmp_path, resume=True)
+
+
+def test_a_run_that_fails_in_a_function_of_the_callers_is_saved_before(tmp_path):
+    def fails(row, params):
+        if row["step"] == 12:
+            raise ZeroDivisionError
+
+    whole = train(**RUN)
+    with pytest.raises(ZeroDivisionError):
+        train(**RUN, folder=tmp_path, on_report=fails)
+    assert (tmp_path / "checkpoints").exists()
+    resumed = train(**RUN, folder=tmp_path, resume=True)
+    assert_bitwise(resumed.state, whole.state)
+    assert resumed.metrics == whole.metrics
+
+
+def falls_over(params, task):
+    """The parameter goes down by one a step; from -7 on, no task is finite."""
+    (level,), finite = task.query, params[0] > -6.5
+    grads = jnp.where(finite, jnp.ones_like(params), jnp.nan)
+    return grads, fj.TaskInfo(level, level, finite, None)
+
+
+FALLING = LEVELS | {"meta_gradient": falls_over}
+
+
+def test_a_run_that_is_stopped_while_it_diverges_has_the_state_before(tmp_path):
+    stopped = train(
+        **FALLING,
+        steps=100,
+        folder=tmp_path,
+        report_every=1,
+        on_report=lambda row, params: row["step"] == 11,
+    )
+    assert (stopped.stopped, int(stopped.state.step)) == ("stopped", 11)
+    (saved,) = (path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert int(saved) == 6  # the state of step 7 is one that fails
+    with pytest.raises(fj.DivergedError) as caught:
+        train(**FALLING, steps=100, folder=tmp_path, report_every=1, resume=True)
+    assert caught.value.trained.state.params.item() == -6
+    rows = metrics_of(tmp_path)
+    assert [row["left_out"] for row in rows] == [0] * 7 + [4] * 10
+
+
+def test_a_diverged_run_says_so_in_its_files_and_has_the_state_before(tmp_path, capsys):
+    with pytest.raises(fj.DivergedError):
+        train(**FALLING, steps=1000, report_every=500, folder=tmp_path, name="training")
+    (row,) = metrics_of(tmp_path)
+    assert (row["step"], row["left_out"]) == (17, 40)
+    assert "40 tasks left out" in capsys.readouterr().err
+    (saved,) = (path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert int(saved) <= 6
+
+
 def test_losses_without_inner_steps():
     (row, *_) = train(meta_gradient=fj.fomaml(network, optax.sgd(0.1), 0)).metrics
     assert row.keys() == {"step", "tasks", "loss", "grad_norm", "left_out"}
@@ -523,6 +598,10 @@ def test_losses_without_inner_steps():
         ({"tasks_per_step": 2.5}, "tasks_per_step must be an integer of at least 1, got 2.5"),
         ({"report_every": 0}, "report_every must be an integer of at least 1, got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
+        (
+            {"checkpoint_every": datetime.timedelta(-1)},
+            "checkpoint_every must be at least no time, got -1 day, 0:00:00",
+        ),
         ({"max_left_out": 1.5}, "max_left_out must be a share between 0 and 1, got 1.5"),
         ({"resume": True}, "nothing to resume without a folder"),
         ({"patience": 2}, "patience counts scores; pass validate too"),
