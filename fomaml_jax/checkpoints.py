@@ -222,8 +222,11 @@ def _checkpointer() -> Iterator[Any]:
 
     absl, before = logging.getLogger("absl"), logging.getLogger("absl").level
     absl.setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+    me = jax.process_index()  # it reads and writes by itself, whatever other processes do
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     finally:
         absl.setLevel(before)

@@ -23,15 +23,15 @@ try:
     import tyro
     from tyro.conf import Positional
 
-    from fomaml_jax import experiment, options, problems, reports, runs
+    from fomaml_jax import experiment, options, problems, processes, refusals, reports, runs
     from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
     from fomaml_jax.checkpoints import CheckpointError
-    from fomaml_jax.devices import use_every_core
+    from fomaml_jax.devices import every_device, use_every_core
     from fomaml_jax.training import DivergedError
 except ModuleNotFoundError as missing:
     sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
 
-FAILED, REFUSED, DIVERGED, INTERRUPTED = 1, 2, 3, 130
+FAILED, REFUSED, DIVERGED, LOST, INTERRUPTED = 1, 2, 3, 4, 130
 
 STATISTICS = {
     TRANSDUCTIVE: "query batches normalised together (transductive)",
@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder] [options]
        fomaml-jax train --resume RUN
+       fomaml-jax train ... --distributed [--coordinator HOST:PORT --processes N --process I]
        fomaml-jax evaluate RUN [--against OTHER] [options]
        fomaml-jax report RUN [RUN ...] [--out FOLDER]
 
@@ -49,14 +50,18 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
 
   train      meta-trains on a data set (glyphs, which needs no download, unless named), evaluates
              on tasks never seen, and writes a folder of parameters, metrics, pictures and result;
-             with --resume it goes on with a run that was stopped or killed, to the same numbers
+             with --resume it goes on with a run that was stopped or killed, to the same numbers;
+             with --distributed this is one of several processes that train together, which find
+             each other by SLURM, Open MPI, Kubernetes, TPU or the options after it; where one is
+             not heard of for a minute (--lost-after SECONDS) the others end, with 134 or 4
   evaluate   adapts a trained run to unseen tasks again, and compares it with another run
   report     draws runs, side by side, into one page that needs no other file, and PNG pictures
 
 `fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.
 Exit codes: 0 done, or terminated with everything saved; 1 a fault of the program (one line says
 which, and where its traceback is); 2 refused (one line says why); 3 diverged (the state before that
-is saved); 130 interrupted (everything is saved)."""
+is saved); 4, or 134 from JAX itself, another process was lost (start all again with --resume); 130
+interrupted (everything is saved)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(error: Exception) -> NoReturn:
     """One line for the person, the traceback in a file for who mends it."""
     said = (str(error).strip() or "no message").splitlines()[0]
+    if processes.are_several() and isinstance(error, jax.errors.JaxRuntimeError):
+        _stop(f"another process of this run was lost; start all again with --resume ({said})", LOST)
     if "RESOURCE_EXHAUSTED" in said:
         _stop(f"this does not fit in memory; ask for less at once ({said})", REFUSED)
     with tempfile.NamedTemporaryFile(
@@ -156,7 +163,9 @@ def _train(words: list[str]) -> None:
     if words[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return
-    words, resumed = _without_resume(words)
+    words, join = _without_processes(words)
+    words, resumed = _taken(words, "--resume", "the folder of a run")
+    resumed = None if resumed is None else Path(resumed)
     name, rest = (words[0], words[1:]) if words and words[0][:1] != "-" else (None, words)
     if name is not None and name not in options.DATA_SETS:
         _stop(f"unknown data set {name!r}; there are {', '.join(options.DATA_SETS)}", REFUSED)
@@ -172,13 +181,15 @@ def _train(words: list[str]) -> None:
         return
     with _refusing():
         options.check(chosen)
+        if join is not None:
+            _join(join, chosen, resumed)
         if resumed is None:
             runs.check_new(folder, overwrite=chosen.overwrite)
         _keep_compiled_programs(chosen.compilation_cache)
         with _plain_warnings():
             problem = problems.build(chosen)
     with contextlib.ExitStack() as stack:
-        with _refusing():
+        with _refusing(), processes.first_goes_ahead():
             stack.enter_context(runs.alone(folder))
             if resumed is None:
                 runs.check_new(folder, overwrite=chosen.overwrite)  # it may have filled meanwhile
@@ -189,7 +200,8 @@ def _train(words: list[str]) -> None:
 def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, resume: bool) -> None:
     """Trains in a folder that is held alone, and says what came of it."""
     going = f"resumed in {folder}" if resume else f"into {folder}"
-    print(f"{options.name_of(chosen)}, {chosen.setting}, {going}", file=sys.stderr)
+    if processes.is_first():
+        print(f"{options.name_of(chosen)}, {chosen.setting}, {going}", file=sys.stderr)
     resume_with = f"fomaml-jax train --resume {folder}"
     try:
         with _terminable(), _plain_warnings():
@@ -209,8 +221,9 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
     except (KeyboardInterrupt, _Terminated) as stop:  # while judging, all training being saved
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else 0
         _stop(f"interrupted; go on with: {resume_with}", code)
-    print(table(result))
-    print(f"\nThe run is in {folder}: result.json, learning_curve.png and more.")
+    if processes.is_first():
+        print(table(result))
+        print(f"\nThe run is in {folder}: result.json, learning_curve.png and more.")
 
 
 def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:
@@ -231,16 +244,52 @@ def _run_to_resume(name: str | None, words: list[str], folder: Path) -> options.
     return chosen
 
 
-def _without_resume(words: list[str]) -> tuple[list[str], Path | None]:
-    """The words but for `--resume RUN`, and the run."""
+def _taken(words: list[str], option: str, what: str) -> tuple[list[str], str | None]:
+    """The words without an option and its value, and the value."""
     for i, word in enumerate(words):
-        if word == "--resume":
+        if word == option:
             if i + 1 == len(words) or words[i + 1].startswith("-"):
-                _stop("--resume needs the folder of a run", REFUSED)
-            return words[:i] + words[i + 2 :], Path(words[i + 1])
-        if word.startswith("--resume="):
-            return words[:i] + words[i + 1 :], Path(word.removeprefix("--resume="))
+                _stop(f"{option} needs {what}", REFUSED)
+            return words[:i] + words[i + 2 :], words[i + 1]
+        if word.startswith(f"{option}="):
+            return words[:i] + words[i + 1 :], word.removeprefix(f"{option}=")
     return words, None
+
+
+def _without_processes(words: list[str]) -> tuple[list[str], dict[str, Any] | None]:
+    """The words without `--distributed` and what goes with it, and how to join the others."""
+    words, coordinator = _taken(words, "--coordinator", "the first process's HOST:PORT")
+    words, count = _taken(words, "--processes", "their number")
+    words, index = _taken(words, "--process", "the number of this one")
+    words, lost_after = _taken(words, "--lost-after", "seconds")
+    given = {"coordinator": coordinator, "processes": count, "process": index}
+    given |= {"lost_after": lost_after}
+    if "--distributed" not in words:
+        for name, value in given.items():
+            if value is not None:
+                _stop(f"--{name.replace('_', '-')} goes with --distributed", REFUSED)
+        return words, None
+    numbers: dict[str, Any] = {}
+    for name in ("processes", "process", "lost_after"):
+        value = given[name]
+        if value is not None and not value.isdecimal():
+            _stop(f"--{name.replace('_', '-')} must be a number, got {value!r}", REFUSED)
+        numbers[name] = None if value is None else int(value)
+    return [word for word in words if word != "--distributed"], given | numbers
+
+
+def _join(join: dict[str, Any], chosen: options.Options, resumed: Path | None) -> None:
+    """Joins the processes of a run.
+
+    Raises:
+        ValueError: for what several cannot do.
+    """
+    if resumed is None and chosen.out is None:
+        raise ValueError("--distributed needs --out, a folder that all processes see")
+    if chosen.tune:
+        raise ValueError("--tune measures one process; leave it out with --distributed")
+    processes.join(**join)
+    refusals.check_divides(chosen.tasks_per_step, every_device())
 
 
 @contextlib.contextmanager
@@ -391,5 +440,9 @@ def _refusing():
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    print(f"fomaml-jax: {message}", file=sys.stderr)
+    alike = code not in (FAILED, REFUSED, LOST)  # then all processes say so, and end
+    if processes.is_first() or not alike:
+        print(f"fomaml-jax: {message}", file=sys.stderr, flush=True)
+    if processes.are_several() and not alike:
+        os._exit(code)  # an orderly end would wait for the others, who wait for this one
     raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""The outer step on the devices of this process, its tasks shared out among them."""
+"""The outer step on the devices there are, its tasks shared out among them."""
 
 import contextlib
 import os
@@ -17,7 +17,12 @@ from fomaml_jax.variants import in_every_form, variants_of
 
 
 def use_every_core() -> None:
-    """One CPU device a core, before JAX starts: a scan over small tasks keeps but one busy."""
+    """One CPU device a core, before JAX starts: a scan over small tasks keeps but one busy.
+
+    Unless `JAX_NUM_CPU_DEVICES` says how many.
+    """
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
     with contextlib.suppress(RuntimeError):  # JAX has started, and keeps the devices it has
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
@@ -28,7 +33,12 @@ def every_device() -> Mesh:
 
 
 def mesh_for(num_tasks: int) -> Mesh:
-    """As many of this process's devices as divide the tasks evenly."""
+    """As many of this process's devices as divide the tasks evenly.
+
+    Of several processes all devices, if they do; if not, each process takes all the tasks.
+    """
+    if jax.process_count() > 1 and num_tasks % jax.device_count() == 0:
+        return every_device()
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if num_tasks % n == 0)
     return jax.make_mesh((count,), ("tasks",), (AxisType.Auto,), devices=devices[:count])

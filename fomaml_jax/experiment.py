@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from fomaml_jax import baselines, options, pictures, problems, runs, training
+from fomaml_jax import baselines, options, pictures, problems, processes, runs, training
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.checkpoints import CheckpointError
 from fomaml_jax.datasets import Splits, digest
@@ -123,7 +123,8 @@ def _train(
         "config": options.to_json(chosen),
         "versions": versions(),
     }
-    pictures.draw_run(chosen, problem, params, keys.test, folder, result)
+    if processes.is_first():
+        pictures.draw_run(chosen, problem, jax.device_get(params), keys.test, folder, result)
     runs.write_json(folder / runs.RESULT, result)  # last: with it, the run is finished
     return result
 
@@ -232,7 +233,7 @@ def _meta_train(
         if "validation" in row:
             runs.save_parameters(folder, params)
             runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
-        if chosen.tensorboard:
+        if chosen.tensorboard and processes.is_first():
             if not boards:  # rows that a killed run had written beyond this one are purged
                 boards.append(stack.enter_context(_tensorboard(folder, row["step"])))
             for name in sorted(row.keys() - {"step"}):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ except ImportError:  # Windows
 import jax
 import numpy as np
 
-from fomaml_jax import options
+from fomaml_jax import options, processes
 from fomaml_jax.checkpoints import CheckpointError
 from fomaml_jax.types import Params
 
@@ -54,6 +55,8 @@ def check_new(folder: Path, *, overwrite: bool = False) -> None:
     Raises:
         ValueError: naming the folder.
     """
+    if not processes.is_first():  # of several of one run the first has looked, and may have begun
+        return
     if overwrite and (folder / CONFIG).is_file():
         options.from_json(read_config(folder))  # refuses what is no run
         return
@@ -75,14 +78,15 @@ _HELD: contextvars.ContextVar[frozenset[Path]] = contextvars.ContextVar("held", 
 def alone(folder: Path) -> Iterator[None]:
     """Keeps everybody else from training in a folder, which is made if need be.
 
-    Who holds it may ask again. The operating system lets go of it however the process ends; where
-    the file system knows no locks, nothing is kept.
+    Who holds it may ask again; of several processes of one run the first holds it for all. The
+    operating system lets go of it however the process ends; where the file system knows no locks,
+    nothing is kept.
 
     Raises:
         ValueError: where somebody else trains there, or it cannot be written.
     """
     whole = folder.resolve()
-    if whole in _HELD.get():
+    if whole in _HELD.get() or not processes.is_first():
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -133,6 +137,8 @@ def clear(folder: Path) -> None:
 
     What no run writes stays. The configuration goes last: until then it is a run, to be cleared.
     """
+    if not processes.is_first():
+        return
     for name in (*FOLDERS, *FILES):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -143,7 +149,14 @@ def clear(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that takes its place once the block has succeeded."""
+    """Yields a temporary path beside `path` that takes its place once the block has succeeded.
+
+    Of several processes of one run the first alone puts anything there.
+    """
+    if not processes.is_first():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere) / path.name
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -160,6 +173,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
     """Adds one JSON object, on a line of its own, to the metrics file."""
+    if not processes.is_first():
+        return
     with (folder / METRICS).open("a") as file:
         file.write(_line(row))
 
@@ -273,8 +288,9 @@ def save_parameters(folder: Path, params: Params) -> None:
         return
     with replacing(folder / PARAMETERS) as temporary:
         np.savez(temporary, **named)
-        for name in (RESULT, PER_TASK):
-            (folder / name).unlink(missing_ok=True)
+        if processes.is_first():
+            for name in (RESULT, PER_TASK):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _holds(path: Path, named: dict[str, np.ndarray]) -> bool:

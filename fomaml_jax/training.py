@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fomaml_jax import checkpoints, runs, signals
+from fomaml_jax import checkpoints, processes, runs, signals
 from fomaml_jax.agenda import Over, agenda_of
 from fomaml_jax.checkpoints import Checkpoint, CheckpointError
 from fomaml_jax.learner import MetaLearner, MetaState
@@ -36,6 +36,9 @@ DIVERGED_STEPS = 10
 """After so many steps in a row that left out too many tasks, a run has diverged."""
 
 Why = Over | signals.Stop | Literal["stopped"]
+
+STOPS: tuple[signals.Stop | None, ...] = (None, "terminated", "interrupted")
+"""What a process may have been asked; where several were asked differently, the last counts."""
 
 
 class Trained(NamedTuple):
@@ -101,6 +104,9 @@ def train(
     Task `i` of step `n` is `sample_task` of a key that is a function of `(key, n, i)` alone, so a
     run that was killed and resumed ends, bit for bit, where it would have ended; on another number
     of devices it sees the same tasks and ends there up to the order of summation.
+
+    In several processes (`jax.distributed`) each calls this alike, with a mesh over all devices.
+    The first one writes, and what clocks, signals or `on_report` say in one holds for all.
 
     Ctrl-C and SIGTERM end the loop after the step at hand, with everything saved: `Trained.stopped`
     says so. A second Ctrl-C raises `KeyboardInterrupt` at once.
@@ -201,11 +207,12 @@ def train(
     made_by = _made_by(mesh)
     with contextlib.ExitStack() as stack:
         if place is not None:
-            stack.enter_context(runs.alone(place))
-            run.open(place, identity, made_by, resume)
+            with processes.first_goes_ahead():
+                stack.enter_context(runs.alone(place))
+                run.open(place, identity, made_by, resume)
         run.carry = _placed(run.carry, mesh)
         began, last_saved = time.monotonic() - run.seconds, time.monotonic()
-        stride, told = 1, None
+        stride, told = 1, False
         good = latest = run.copied()
 
         def keep(run: _Run) -> None:
@@ -217,13 +224,18 @@ def train(
                 runs.append_metrics(place, row)
 
         asked = stack.enter_context(signals.noticed(stop_on_signals))
+        name = name if processes.is_first() else None
         tell = stack.enter_context(progress(name, total, "tasks", run.step * tasks_per_step))
         try:
-            while (
-                why := asked.to or agenda.over(run.step, run.since_best, run.seconds) or told
-            ) is None:
+            while True:
+                # Clocks, signals and callbacks may differ from process to process, steps may not.
+                mine = (STOPS.index(asked.to), told, stride, run.seconds)
+                stop, told, stride, seconds = processes.greatest(mine)
+                over = agenda.over(run.step, run.since_best, seconds)
+                if why := STOPS[int(stop)] or over or ("stopped" if told else None):
+                    break
                 called, before = time.monotonic(), run.step
-                until = min(run.step + stride, agenda.next_event(run.step))
+                until = min(run.step + int(stride), agenda.next_event(run.step))
                 limits = jax.device_put((np.int32(until), np.bool(run.reported)))
                 run.carry = jax.block_until_ready(advance(run.carry, *limits))
                 # What was there before is good if the tasks of the step after it were.
@@ -239,7 +251,7 @@ def train(
                         run.score(float(jax.device_get(validate(run.params))), lower_is_better)
                     append(row)
                     if on_report is not None and on_report(row, run.copied().params):
-                        told = "stopped"
+                        told = True
                 run.seconds = time.monotonic() - began
                 tell(run.step * tasks_per_step, run.note())
                 due = agenda.saves(run.step, time.monotonic() - last_saved)
@@ -254,7 +266,8 @@ def train(
         # Where tasks were left out just now, it may be this state that has diverged: from the one
         # before, the same steps are taken again.
         keep(run if run.streak == 0 else good)
-    return run.trained(asked.to or why)
+        (stop,) = processes.greatest([STOPS.index(asked.to)])
+    return run.trained(STOPS[int(stop)] or why)
 
 
 class _Carry(NamedTuple):
@@ -432,7 +445,7 @@ class _Run:
 
     def save(self, folder: Path, identity: dict[str, Any], made_by: dict[str, Any]) -> None:
         """Writes a checkpoint, if there is something new."""
-        if self.saved == self.step:
+        if self.saved == self.step or not processes.is_first():
             return
         fields = ("last_report", "best_score", "since_best", "seconds", "left_out")
         notes = {name: getattr(self, name) for name in fields}

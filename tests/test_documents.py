@@ -1,5 +1,6 @@
 """What is written down runs: the README's example, the examples, and a docstring a public name."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -50,6 +51,18 @@ def test_the_omniglot_example(omniglot_folder):
     assert done.returncode == 0, done.stderr
     before, *_, after = map(float, re.findall(r"tasks\): ([\d.]+)", done.stdout))
     assert after > before + 10
+
+
+def test_two_processes_on_this_machine(tmp_path):
+    script = ROOT / "examples" / "distributed" / "local.sh"
+    here = Path(sys.executable).parent
+    programs = os.environ | {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
+    short = ("--steps", "3", "--tasks-per-step", "4", "--eval-tasks", "4", "--eval-steps", "1")
+    done = run("bash", script, tmp_path / "run", *short, env=programs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("after 1 step") == 1
+    again = run("bash", script, tmp_path / "run", "--resume", tmp_path / "run", env=programs)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(
