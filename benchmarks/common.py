@@ -27,6 +27,7 @@ from fomaml_jax.experiment import versions
 
 RESULTS = Path(__file__).with_name("results")
 INNER_RATE = 0.1
+OUTER_RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +145,28 @@ def over_devices(
     mesh = mesh_for(jax.tree.leaves(tasks)[0].shape[0])
     tasks = jax.device_put(tasks, NamedSharding(mesh, PartitionSpec("tasks")))
     return compiled(fj.over_tasks(meta_gradient, mesh=mesh, **kwargs), params, tasks)
+
+
+def steps_over_devices(
+    meta_gradient: fj.MetaGradient, params: fj.Params, tasks: Any, steps: int
+) -> Callable[[], float]:
+    """So many outer steps in one compiled call, as training takes them: seconds a step."""
+    mesh = mesh_for(jax.tree.leaves(tasks)[0].shape[0])
+    tasks = jax.device_put(tasks, NamedSharding(mesh, PartitionSpec("tasks")))
+    over_tasks = fj.over_tasks(meta_gradient, mesh=mesh)
+
+    def step(_, params):
+        grads, _ = over_tasks(params, tasks)
+        return jax.tree.map(lambda p, g: p - OUTER_RATE * g, params, grads)
+
+    call = compiled(lambda params: jax.lax.fori_loop(0, steps, step, params), params)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) / steps
+
+    return seconds
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
