@@ -9,21 +9,13 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-OUT, DEVICES = sys.argv[1], int(sys.argv[2])
-jax.config.update("jax_num_cpu_devices", DEVICES)
-jax.config.update("jax_enable_x64", True)
-if len(sys.argv) > 3:
-    processes, process, port = map(int, sys.argv[3:])
-    jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
-
-import fomaml_jax as fj  # noqa: E402
-from fomaml_jax.devices import sampled_learner  # noqa: E402
+import fomaml_jax as fj
+from fomaml_jax.devices import sampled_learner
 
 TASKS = 16
 
@@ -125,14 +117,20 @@ def flat(tree):
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def main():
+def main(out, devices, *together):
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    jax.config.update("jax_enable_x64", True)
+    if together:
+        processes, process, port = map(int, together)
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
     everything = {}
-    sizes = [1, 2, 4, 8] if jax.process_count() == 1 else [jax.device_count()]
+    sizes = [jax.device_count()] if together else [1, 2, 4, 8]
     for size in sizes:
         mesh = jax.make_mesh((size,), ("tasks",), (AxisType.Auto,), devices=jax.devices()[:size])
         everything |= {f"{name} on {size}": value for name, value in on(mesh).items()}
     if jax.process_index() == 0:
-        np.savez(OUT, **everything)
+        np.savez(out, **everything)
 
 
-main()
+if __name__ == "__main__":
+    main(*sys.argv[1:])
