@@ -212,7 +212,7 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
     except DivergedError as error:
         saved = f"{folder} holds the parameters before that"
         _stop(f"{error}; {saved}", DIVERGED)
-    except CheckpointError as error:
+    except (CheckpointError, processes.RefusedError) as error:
         _stop(" ".join(str(error).split()), REFUSED)
     except OSError as error:
         said = " ".join(str(error.strerror or error).split())

@@ -64,7 +64,7 @@ def first_goes_ahead() -> Iterator[None]:
     """All do what is in the block, but the others when the first has done it.
 
     Raises:
-        RuntimeError: in the others, where it went wrong in the first.
+        RefusedError: in the others, where it went wrong in the first.
     """
     if not are_several():
         yield
@@ -78,5 +78,9 @@ def first_goes_ahead() -> Iterator[None]:
     else:
         (failed,) = greatest([0.0])
         if failed:
-            raise RuntimeError("the first process of this run has refused to go on, and says why")
+            raise RefusedError("the first process of this run has refused to go on, and says why")
         yield
+
+
+class RefusedError(ValueError):
+    """Another process has refused what this one was about to do."""

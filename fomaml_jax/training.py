@@ -260,8 +260,9 @@ def train(
                     last_saved = time.monotonic()
                 latest = run.copied()
         except Exception:  # divergence, or the caller's own functions
-            with contextlib.suppress(OSError):
-                keep(good)
+            if good.step:
+                with contextlib.suppress(OSError):
+                    keep(good)
             raise
         # Where tasks were left out just now, it may be this state that has diverged: from the one
         # before, the same steps are taken again.
