@@ -154,7 +154,7 @@ def inner_loop(
     stop = jax.lax.stop_gradient if first_order else lambda x: x
     optimizer = optax.with_extra_args_support(optimizer)
     objective = refusals.checked_loss(loss_fn, has_aux, has_state)
-    params = varying(jax.tree.map(jnp.asarray, params), support)
+    params = varying(jax.tree.map(jnp.asarray, params), support, state, key)
     adapted, frozen = split(True if trainable is None else trainable, params)
 
     def merged(inner: InnerState) -> Params:

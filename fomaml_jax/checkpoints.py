@@ -70,6 +70,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
+def forget_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints of later steps."""
+    for path in _steps(folder):
+        if int(path.name) > step:
+            _remove(path)
+
+
 def newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that can be read, in the structure of `like`.
 

@@ -124,10 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(error: Exception) -> NoReturn:
     """One line for the person, the traceback in a file for who mends it."""
     said = (str(error).strip() or "no message").splitlines()[0]
-    if processes.are_several() and isinstance(error, jax.errors.JaxRuntimeError):
-        _stop(f"another process of this run was lost; start all again with --resume ({said})", LOST)
     if "RESOURCE_EXHAUSTED" in said:
         _stop(f"this does not fit in memory; ask for less at once ({said})", REFUSED)
+    if processes.are_several() and isinstance(error, jax.errors.JaxRuntimeError):
+        _stop(f"another process of this run was lost; start all again with --resume ({said})", LOST)
     with tempfile.NamedTemporaryFile(
         "w", prefix="fomaml-jax-", suffix=".txt", delete=False
     ) as file:
@@ -208,10 +208,11 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
             result = experiment.train(chosen, problem, folder, say=_say, resume=resume)
     except experiment.StoppedError as stop:
         code = INTERRUPTED if stop.why == "interrupted" else 0
-        _stop(f"{stop}; all steps are saved in {folder}, go on with: {resume_with}", code)
+        message = f"{stop}; all steps are saved in {folder}, go on with: {resume_with}"
+        _stop(message, code, in_step=True)
     except DivergedError as error:
         saved = f"{folder} holds the parameters before that"
-        _stop(f"{error}; {saved}", DIVERGED)
+        _stop(f"{error}; {saved}", DIVERGED, in_step=True)
     except (CheckpointError, processes.RefusedError) as error:
         _stop(" ".join(str(error).split()), REFUSED)
     except OSError as error:
@@ -272,8 +273,10 @@ def _without_processes(words: list[str]) -> tuple[list[str], dict[str, Any] | No
     numbers: dict[str, Any] = {}
     for name in ("processes", "process", "lost_after"):
         value = given[name]
-        if value is not None and not value.isdecimal():
-            _stop(f"--{name.replace('_', '-')} must be a number, got {value!r}", REFUSED)
+        least = 0 if name == "process" else 1
+        if value is not None and not (value.isdecimal() and int(value) >= least):
+            option = "--" + name.replace("_", "-")
+            _stop(f"{option} must be a number of at least {least}, got {value!r}", REFUSED)
         numbers[name] = None if value is None else int(value)
     return [word for word in words if word != "--distributed"], given | numbers
 
@@ -439,10 +442,10 @@ def _refusing():
         _stop("interrupted", INTERRUPTED)
 
 
-def _stop(message: str, code: int) -> NoReturn:
-    alike = code not in (FAILED, REFUSED, LOST)  # then all processes say so, and end
-    if processes.is_first() or not alike:
+def _stop(message: str, code: int, *, in_step: bool = False) -> NoReturn:
+    """Ends with a line; `in_step` where all processes of a run end here, and the first says so."""
+    if processes.is_first() or not in_step:
         print(f"fomaml-jax: {message}", file=sys.stderr, flush=True)
-    if processes.are_several() and not alike:
+    if processes.are_several() and not in_step:
         os._exit(code)  # an orderly end would wait for the others, who wait for this one
     raise SystemExit(code)

@@ -107,7 +107,8 @@ def _train(
     trained = _meta_train(chosen, tuned, folder, keys, resume)
     params = trained.state.params if chosen.patience is None else trained.best
     runs.save_parameters(folder, params)
-    (folder / runs.DIVERGED).unlink(missing_ok=True)
+    if processes.is_first():
+        (folder / runs.DIVERGED).unlink(missing_ok=True)
     # Of a resumed run only now: had it been refused, this would not be its configuration.
     runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
     if trained.stopped in ("interrupted", "terminated"):

@@ -24,7 +24,7 @@ def varying(tree: Any, *others: Any) -> Any:
     axes = varying_axes(tree, *others)
 
     def vary(leaf):
-        missing = tuple(axes - varying_axes(leaf))
+        missing = tuple(sorted(axes - varying_axes(leaf)))
         is_array = hasattr(leaf, "dtype")
         return jax.lax.pcast(leaf, missing, to="varying") if missing and is_array else leaf
 

@@ -335,9 +335,9 @@ def _fits(value: Any, kind: Any) -> bool:
     """Whether plain JSON can be an option of that type."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
     if isinstance(value, bool) or kind is bool:
         return kind is bool and isinstance(value, bool)
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
     accepted: dict[Any, Any] = {float: int | float, Path: str}
     return isinstance(value, accepted.get(kind, kind))

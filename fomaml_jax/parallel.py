@@ -90,6 +90,8 @@ def over_tasks(
     axes = axes if mesh is None else mesh.axis_names
 
     def mean_meta_gradient(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
+        params = varying(params, tasks)  # whatever the per-task function does to differentiate
+
         def add_chunk(total, chunk):
             grads, info, weight = together(one_task, chunk)
             keep = jnp.ones_like(info.finite) if on_nonfinite == "propagate" else info.finite
@@ -141,7 +143,8 @@ def _sum_over_devices(tree: Any, axes: tuple[str, ...]) -> Any:
     if not axes:
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    for dtype in {leaf.dtype for leaf in leaves}:
+    # In the order of the leaves: every process must send the same first.
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
         places = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
         flat, unflatten = ravel_pytree([leaves[i] for i in places])
         for i, leaf in zip(places, unflatten(jax.lax.psum(flat, axes)), strict=True):

@@ -154,7 +154,9 @@ def judge_of(
         )
 
     def judge(params: Params, key: jax.Array) -> Evaluation:
-        # They may come from training on fewer devices.
+        # They may come from training on fewer devices, where several processes took all the tasks:
+        # JAX does not move arrays of one process to the devices of another.
+        params = jax.device_get(params) if jax.process_count() > 1 else params
         return judged(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), key)
 
     return judge

@@ -23,13 +23,17 @@ def join(
 
     What is `None` is found in the environment, as JAX does for SLURM, Open MPI, Kubernetes and
     Cloud TPU, or in its own `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+    Under SLURM and Open MPI JAX gives each process one GPU: start one process a GPU.
 
     Raises:
         ValueError: where it is not to be found, or the others do not come.
     """
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=lost_after or LOST_AFTER
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=LOST_AFTER if lost_after is None else lost_after,
         )
     except (RuntimeError, ValueError) as error:
         said = (str(error).strip() or repr(error)).splitlines()[0]

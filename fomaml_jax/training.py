@@ -114,9 +114,9 @@ def train(
     A `folder` holds `metrics.jsonl`, a JSON object a report, and `checkpoints/`, of which the two
     newest are kept. A checkpoint is the learner's state, the best parameters and score, the count
     towards `patience`, the seconds, the sums of the report under way, and what the run is: key,
-    tasks, `config`. None is of a state from which tasks were not finite: where a run diverges, is
-    stopped, or fails in a function of yours, the one before that is saved, and what came after is
-    done again when it is resumed.
+    tasks, `config`. None is kept of a state from which a run was seen to diverge: where it
+    diverges, or is stopped while tasks are left out, the one before is saved, and what came after
+    is done again when it is resumed.
 
     Args:
         learner: any `MetaLearner`; its `step` is compiled here.
@@ -144,7 +144,8 @@ def train(
         folder: where metrics and checkpoints go; nothing is written unless given. One process at a
             time trains there.
         config: what else makes the run what it is, by name, as plain JSON: rates, a digest of the
-            data. It goes into every checkpoint, and a run is resumed under the same one only.
+            data. It goes into every checkpoint, and a run is resumed under the same values only; a
+            name that a checkpoint does not have yet is not compared.
         checkpoint_every: steps or time between two checkpoints.
         resume: goes on from the newest intact checkpoint in `folder`, from the start if there is
             none.
@@ -250,23 +251,30 @@ def train(
                     if validate is not None and agenda.scores(run.step):
                         run.score(float(jax.device_get(validate(run.params))), lower_is_better)
                     append(row)
-                    if on_report is not None and on_report(row, run.copied().params):
+                    if on_report is not None and on_report(dict(row), run.copied().params):
                         told = True
                 run.seconds = time.monotonic() - began
                 tell(run.step * tasks_per_step, run.note())
                 due = agenda.saves(run.step, time.monotonic() - last_saved)
-                if due and run.streak == 0:
+                if due and run.is_sound:
                     keep(run)
                     last_saved = time.monotonic()
                 latest = run.copied()
-        except Exception:  # divergence, or the caller's own functions
-            if good.step:
-                with contextlib.suppress(OSError):
+        except DivergedError:
+            with contextlib.suppress(OSError):
+                if good.step:
                     keep(good)
+                if place is not None and processes.is_first():  # saved before this was known
+                    checkpoints.forget_after(place / CHECKPOINTS, good.step)
+            raise
+        except Exception:  # such as one in a function of the caller's
+            if latest.step:
+                with contextlib.suppress(OSError):
+                    keep(latest if latest.is_sound else good)
             raise
         # Where tasks were left out just now, it may be this state that has diverged: from the one
         # before, the same steps are taken again.
-        keep(run if run.streak == 0 else good)
+        keep(run if run.is_sound else good)
         (stop,) = processes.greatest([STOPS.index(asked.to)])
     return run.trained(STOPS[int(stop)] or why)
 
@@ -390,6 +398,14 @@ class _Run:
     @property
     def streak(self) -> int:
         return int(jax.device_get(self.carry.streak))
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the parameters, and some tasks of the step to them, are finite."""
+        leaves = jax.device_get(jax.tree.leaves(self.params))
+        # numpy does not know every kind below float32.
+        known = [np.float32(x) if x.dtype.itemsize < 4 else x for x in leaves]
+        return self.streak == 0 and all(np.isfinite(x).all() for x in known)
 
     @property
     def reported(self) -> bool:
@@ -517,7 +533,7 @@ def _check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) ->
     before_and_now = [_flat(identity) for identity in (saved, now)]
     for name in before_and_now[0] | before_and_now[1]:
         before, after = (identity.get(name) for identity in before_and_now)
-        # A name that is younger than the checkpoint cannot be compared.
+        # A name that is younger than the checkpoint, such as a new option, cannot be compared.
         if name in before_and_now[0] and before != after:
             raise CheckpointError(
                 f"the run in {folder} is another one: {name} was {before}, now {after}"

@@ -1,5 +1,6 @@
 """On any number of devices and processes the same numbers; a lost process loses no step."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import paint_classes
 
 SCALE = Path(__file__).with_name("scale.py")
 QUIET = os.environ | {"PYTHONWARNINGS": "ignore", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -125,7 +127,8 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path):
 REFUSED = {
     "train --coordinator here:1": "--coordinator goes with --distributed",
     "train --lost-after 5": "--lost-after goes with --distributed",
-    "train --distributed --processes two": "--processes must be a number, got 'two'",
+    "train --distributed --processes two": "--processes must be a number of at least 1, got 'two'",
+    "train --distributed --lost-after 0": "--lost-after must be a number of at least 1, got '0'",
     "train --distributed --process": "--process needs the number of this one",
     "train --distributed": "--distributed needs --out, a folder that all processes see",
     "train --distributed --tune --out run": "--tune measures one process; leave it out with "
@@ -145,3 +148,15 @@ def test_tasks_that_do_not_divide_among_all_devices_are_refused(tmp_path):
         assert code == 2
         assert "6 tasks do not divide among the 4 devices of the mesh; pass 4 or 8" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_and_their_baselines_on_devices_that_do_not_divide_the_baselines_tasks(tmp_path):
+    """Joint pre-training takes 4 tasks a step, and here are 6 devices."""
+    small = "--steps 2 --tasks-per-step 6 --eval-tasks 4 --width 4 --inner-steps 1 --size 8"
+    data = paint_classes(tmp_path / "data", 6)
+    classes = ("--queries", "2", "--train-ways", "2", "--ways", "2")
+    words = ("folder", "--path", data, *small.split(), *classes, "--out", tmp_path / "run")
+    for code, said in map(ended, launched(*words, devices=3)):
+        assert code == 0, said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "joint pre-training, fine-tuned" in result["baselines"]

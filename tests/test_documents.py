@@ -61,7 +61,7 @@ def test_two_processes_on_this_machine(tmp_path):
     done = run("bash", script, tmp_path / "run", *short, env=programs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("after 1 step") == 1
-    again = run("bash", script, tmp_path / "run", "--resume", tmp_path / "run", env=programs)
+    again = run("bash", script, tmp_path / "run", "--resume", env=programs)
     assert again.returncode == 0, again.stderr
 
 

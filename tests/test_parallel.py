@@ -128,6 +128,37 @@ def test_an_axis_of_ones_own_leaves_out_the_same_tasks(mapped):
     assert info.finite.tolist() == [[False, False, True], [True, True, True]]
 
 
+def test_a_users_own_algorithm_inside_of_a_shard_map():
+    def own(params, task):
+        loss, grads = jax.value_and_grad(network)(params, task.query)
+        return grads, fj.TaskInfo(loss, loss[None], jnp.isfinite(loss), None)
+
+    params, tasks = network_problem(4)
+    mesh = jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))
+    one, each = jax.P(), jax.P("tasks")
+    spread = fj.over_tasks(own, axis_name="tasks")
+    mapped = jax.shard_map(spread, mesh=mesh, in_specs=(one, each), out_specs=(one, each))
+    found, _ = jax.jit(mapped)(params, tasks)
+    assert_close(found, fj.over_tasks(own)(params, tasks)[0], 1e-5)
+
+
+def test_adaptation_with_a_key_of_each_devices_own():
+    def noisy(params, batch, state, key):
+        return jnp.sum((params - batch - jax.random.normal(key, (1,))) ** 2), (state, None)
+
+    def adapted(key):
+        params, support, inner = jnp.zeros(1), jnp.ones(1), optax.sgd(0.1)
+        return fj.adapt(noisy, params, support, inner, 2, has_state=True, key=key)[0]
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    mesh = jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))
+    each = jax.P("tasks")
+    mapped = jax.shard_map(
+        lambda key: adapted(key[0])[None], mesh=mesh, in_specs=each, out_specs=each
+    )
+    assert_close(jax.jit(mapped)(keys), jax.vmap(adapted)(keys), 1e-6)
+
+
 def test_a_number_of_steps_known_at_run_time_inside_of_a_shard_map():
     params, tasks = network_problem(4)
     mesh = jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))

@@ -269,7 +269,7 @@ def test_a_diverged_run_stops_with_advice_and_keeps_what_was_good(tmp_path):
     with pytest.raises(training.DivergedError, match=r"up to step 15, more than 50% .* clip") as e:
         train(**wanted, steps=1000, folder=tmp_path, checkpoint_every=1)
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert steps == [4, 5]  # nothing that has diverged takes their place
+    assert steps == [4]  # the state of step 5, from which no task is finite, does not stay
     assert -5 < e.value.trained.state.params.item() <= 0
     finished = train(**wanted, steps=30, max_left_out=1.0)
     assert int(finished.state.step) == 30
@@ -571,6 +571,21 @@ def test_a_run_that_is_stopped_while_it_diverges_has_the_state_before(tmp_path):
     assert caught.value.trained.state.params.item() == -6
     rows = metrics_of(tmp_path)
     assert [row["left_out"] for row in rows] == [0] * 7 + [4] * 10
+
+
+def test_a_checkpoint_from_which_a_run_diverges_does_not_stay(tmp_path):
+    """Of step 7, which is finite and was saved before anything had run from it."""
+    with pytest.raises(fj.DivergedError) as caught:
+        train(**FALLING, steps=100, folder=tmp_path, report_every=1, checkpoint_every=1)
+    assert caught.value.trained.state.params.item() == -6
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 6
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    blown = optax.sgd(lambda count: jnp.where(count == 4, jnp.inf, 1.0))
+    wanted = LEVELS | {"optimizer": blown, "steps": 5, "checkpoint_every": 1}
+    assert np.isinf(train(**wanted, folder=tmp_path, report_every=1).state.params.item())
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) < 5
 
 
 def test_a_diverged_run_says_so_in_its_files_and_has_the_state_before(tmp_path, capsys):

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Two processes of two CPU devices each, on this machine, as one run: bash local.sh FOLDER [OPTIONS]
-# The options are those of `fomaml-jax train sinusoid`; `--resume FOLDER` for a run that stopped.
+# The options are those of `fomaml-jax train sinusoid`. A run that stopped: bash local.sh FOLDER --resume
 #
-# Tested: this script, by the test suite, on every change. The two processes give the numbers of one
-# with four devices; one of them killed, both end, and started again they go on.
+# Tested by the test suite: this script, for a short run.
 set -euo pipefail
 folder=$1
 shift
 new=(sinusoid --out "$folder")
-[ "${1:-}" = --resume ] && new=(--resume "$folder") && shift 2
+[ "${1:-}" = --resume ] && new=(--resume "$folder") && shift
 
 export JAX_NUM_CPU_DEVICES=2
 coordinator=127.0.0.1:$((20000 + RANDOM % 20000))
@@ -18,6 +17,7 @@ for process in 0 1; do
     --distributed --coordinator "$coordinator" --processes 2 --process "$process" &
   processes+=($!)
 done
+trap 'kill -TERM "${processes[@]}"' INT TERM  # saves every step
 code=0
 for process in "${processes[@]}"; do
   wait "$process" || code=$?
