@@ -181,10 +181,10 @@ def _train(words: list[str]) -> None:
         return
     with _refusing():
         options.check(chosen)
+        if resumed is None:  # before any process can have begun
+            runs.check_new(folder, overwrite=chosen.overwrite)
         if join is not None:
             _join(join, chosen, resumed)
-        if resumed is None:
-            runs.check_new(folder, overwrite=chosen.overwrite)
         _keep_compiled_programs(chosen.compilation_cache)
         with _plain_warnings():
             problem = problems.build(chosen)
@@ -289,7 +289,7 @@ def _join(join: dict[str, Any], chosen: options.Options, resumed: Path | None) -
     """
     if resumed is None and chosen.out is None:
         raise ValueError("--distributed needs --out, a folder that all processes see")
-    if chosen.tune:
+    if chosen.tune and not (resumed and (resumed / runs.PLAN).is_file()):
         raise ValueError("--tune measures one process; leave it out with --distributed")
     processes.join(**join)
     refusals.check_divides(chosen.tasks_per_step, every_device())

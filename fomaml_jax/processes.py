@@ -1,6 +1,7 @@
 """Several processes of one run: how they meet, what they agree on, and which of them writes."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -63,6 +64,21 @@ def greatest(numbers: Sequence[float]) -> list[float]:
     return np.asarray(gathered).max(0).tolist()
 
 
+def check_alike(what: str) -> None:
+    """Compares what each process of a run is about to do.
+
+    Raises:
+        RefusedError: in all of them, where it is not the same.
+    """
+    # Few enough bits to pass through float32 as they are.
+    mine = int(hashlib.sha256(what.encode()).hexdigest()[:5], 16)
+    most, least = greatest([mine, -mine])
+    if most != -least:
+        raise RefusedError(
+            "the processes of this run were not started alike; give all of them the same options"
+        )
+
+
 @contextlib.contextmanager
 def first_goes_ahead() -> Iterator[None]:
     """All do what is in the block, but the others when the first has done it.
@@ -87,4 +103,4 @@ def first_goes_ahead() -> Iterator[None]:
 
 
 class RefusedError(ValueError):
-    """Another process has refused what this one was about to do."""
+    """What processes of one run do not do together."""

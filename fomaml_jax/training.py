@@ -106,7 +106,8 @@ def train(
     of devices it sees the same tasks and ends there up to the order of summation.
 
     In several processes (`jax.distributed`) each calls this alike, with a mesh over all devices.
-    The first one writes, and what clocks, signals or `on_report` say in one holds for all.
+    The first one writes, and what clocks, signals, `on_report` or `validate` say in one holds for
+    all. A process in which something raises must end, so that the others do not wait for it.
 
     Ctrl-C and SIGTERM end the loop after the step at hand, with everything saved: `Trained.stopped`
     says so. A second Ctrl-C raises `KeyboardInterrupt` at once.
@@ -161,7 +162,7 @@ def train(
     Raises:
         ValueError: for no budget, numbers below one, a folder with a run in it (without `resume`)
             or one that another process trains in, a checkpoint of another problem, key, meta-batch
-            or `config`, or where all are damaged.
+            or `config`, or where all are damaged; where several processes were called differently.
         TypeError: for a `config` that is not plain JSON; a ValueError for NaN in it.
         DivergedError: where a run has diverged; it holds what there was before.
 
@@ -206,6 +207,7 @@ def train(
     advance = _compiled(learner, sample_task, key, tasks_per_step, max_left_out)
     total = None if agenda.steps is None else agenda.steps * tasks_per_step
     made_by = _made_by(mesh)
+    processes.check_alike(json.dumps([identity, dataclasses.asdict(agenda)], default=str))
     with contextlib.ExitStack() as stack:
         if place is not None:
             with processes.first_goes_ahead():
@@ -249,7 +251,8 @@ def train(
                 if agenda.reports(run.step):
                     row = run.report(tasks_per_step)
                     if validate is not None and agenda.scores(run.step):
-                        run.score(float(jax.device_get(validate(run.params))), lower_is_better)
+                        mine = float(jax.device_get(validate(run.params)))
+                        run.score(processes.greatest([mine])[0], lower_is_better)
                     append(row)
                     if on_report is not None and on_report(dict(row), run.copied().params):
                         told = True

@@ -142,6 +142,33 @@ def test_what_several_processes_cannot_do_is_refused(line):
     assert (code, said) == (2, f"fomaml-jax: {REFUSED[line]}\n")
 
 
+def test_processes_that_were_not_started_alike_are_refused(tmp_path):
+    port, started = free_port(), []
+    for i, rate in enumerate(("0.01", "0.02")):
+        join = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", 2]
+        words = [*WORDS.split(), "--inner-rate", rate, "--out", tmp_path / "run"]
+        train = ["-m", "fomaml_jax", "train", *words, *join, "--process", i, "--lost-after", 10]
+        started.append(start(train, JAX_NUM_CPU_DEVICES="1"))
+    ends = [ended(process) for process in started]
+    assert all(code != 0 for code, _ in ends)
+    assert any(code == 2 and "were not started alike; give all" in said for code, said in ends)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_process_that_is_terminated_while_judging_ends_the_others_too(tmp_path):
+    words = [*WORDS.split(), "--eval-tasks", "200000", "--steps", "3", "--out", tmp_path / "run"]
+    victim, other = launched(*words)[::-1]
+    while not has_checkpoints(tmp_path / "run", 1):
+        assert victim.poll() is other.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    victim.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    for process in (victim, other):
+        ended(process, 60)
+    assert time.monotonic() - began < 40
+
+
 def test_tasks_that_do_not_divide_among_all_devices_are_refused(tmp_path):
     words = ("sinusoid", "--tasks-per-step", "6", "--out", tmp_path / "run")
     for code, said in map(ended, launched(*words)):
