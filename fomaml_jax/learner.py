@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fomaml_jax import refusals
+from fomaml_jax.parallel import OverTasks, accumulator
 from fomaml_jax.types import MetaGradient, Params, TaskInfo, WithState
 
 
@@ -42,12 +43,27 @@ class StepInfo(NamedTuple):
     tasks: TaskInfo
 
     @classmethod
-    def of(cls, tasks: TaskInfo, grad_norm: jax.Array) -> "StepInfo":
-        """From what each task saw."""
-        num_finite = tasks.finite.sum(dtype=jnp.int32)
-        total = jnp.where(tasks.finite, tasks.query_loss, 0).sum()
-        loss = total / jnp.maximum(num_finite, 1).astype(total.dtype)
-        return cls(loss, num_finite, grad_norm, tasks)
+    def of(
+        cls, tasks: TaskInfo, grad_norm: jax.Array, totals: "Totals | None" = None
+    ) -> "StepInfo":
+        """From what each task saw, and the totals over all devices unless these are all tasks."""
+        total, number = totals or Totals.of(tasks)
+        loss = (total / jnp.maximum(number, 1)).astype(tasks.query_loss.dtype)
+        return cls(loss, number.astype(jnp.int32), grad_norm, tasks)
+
+
+class Totals(NamedTuple):
+    """The sum of the finite query losses, and their number: in one dtype, to be sent together."""
+
+    loss: jax.Array
+    number: jax.Array
+
+    @classmethod
+    def of(cls, tasks: TaskInfo) -> "Totals":
+        """Of these tasks."""
+        dtype = accumulator(tasks.query_loss.dtype)
+        finite_losses = jnp.where(tasks.finite, tasks.query_loss, 0)
+        return cls(finite_losses.sum(dtype=dtype), tasks.finite.sum(dtype=dtype))
 
 
 class MetaLearner(NamedTuple):
@@ -96,13 +112,17 @@ def meta_learner(
     refusals.check_optimizer(optimizer)
 
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
-        grads, info = meta_gradient(state.params, tasks)
+        totals = None
+        if isinstance(meta_gradient, OverTasks):
+            grads, info, totals = meta_gradient.seeing(state.params, tasks, Totals.of)
+        else:
+            grads, info = meta_gradient(state.params, tasks)
         if info.query_loss.ndim != 1:
             raise ValueError(
                 "meta_gradient is one for a single task (its query_loss has shape "
                 f"{info.query_loss.shape}, not [tasks]); wrap it: over_tasks(meta_gradient)"
             )
-        seen = StepInfo.of(info, optax.tree.norm(grads))
+        seen = StepInfo.of(info, optax.tree.norm(grads), totals)
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state.opt_state, state.params, value=seen.loss, grad=grads
         )

@@ -1,5 +1,7 @@
 """From one task to many: scan over chunks of tasks, `vmap` within a chunk."""
 
+import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,6 +19,22 @@ from fomaml_jax.types import MetaGradient, Params, TaskInfo
 TasksAtOnce = int | None | Literal["auto"]
 
 
+@dataclasses.dataclass(frozen=True)
+class OverTasks:
+    """A meta-gradient over many tasks, as `over_tasks` makes it.
+
+    Attributes:
+        seeing: `(params, tasks, see) -> (mean grads, TaskInfo, see(TaskInfo))`, the last one summed
+            over the devices in the same all-reduce as the gradients.
+    """
+
+    seeing: Callable[[Params, Any, Callable[[TaskInfo], Any]], tuple[Params, TaskInfo, Any]]
+
+    def __call__(self, params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
+        """`(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`."""
+        return self.seeing(params, tasks, lambda info: ())[:2]
+
+
 def over_tasks(
     meta_gradient: MetaGradient,
     *,
@@ -25,7 +43,7 @@ def over_tasks(
     mesh: Mesh | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     task_weight: Callable[[Any], Any] | None = None,
-) -> MetaGradient:
+) -> OverTasks:
     """Makes a per-task meta-gradient one for a meta-batch: the mean over its tasks.
 
     The tasks run `tasks_at_once` together under `vmap`, one such chunk after another in a
@@ -89,7 +107,7 @@ def over_tasks(
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     axes = axes if mesh is None else mesh.axis_names
 
-    def mean_meta_gradient(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
+    def mean_meta_gradient(params, tasks, see):
         params = varying(params, tasks)  # whatever the per-task function does to differentiate
 
         def add_chunk(total, chunk):
@@ -105,25 +123,28 @@ def over_tasks(
             weight = jnp.asarray(task_weight(task), jnp.float32)
             return jax.tree.map(lambda g: weight.astype(g.dtype) * g, grads), info, weight
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _accumulator(p.dtype)), params)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
         start = varying((zeros, jnp.zeros((), jnp.float32)), params, tasks)
         total, info = in_chunks(add_chunk, start, tasks, tasks_at_once)
-        sums, weight = _sum_over_devices(total, axes)
+        (sums, weight), seen = _sum_over_devices((total, see(info)), axes)
         count = jnp.where(weight > 0, weight, 1)
         mean = jax.tree.map(lambda t, p: (t / count.astype(t.dtype)).astype(p.dtype), sums, params)
-        return mean, info
+        return (mean, seen), info
 
-    def checked(params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
+    def seeing(params, tasks, see):
         num_tasks = refusals.check_task_axis(tasks)
         refusals.check_params(params)
         params = jax.tree.map(jnp.asarray, params)
         _warn_of_native_convolutions(meta_gradient, params, tasks)
+        on_each = functools.partial(mean_meta_gradient, see=see)
         if mesh is None:
-            return mean_meta_gradient(params, tasks)
-        refusals.check_divides(num_tasks, mesh)
-        return shared_out(mean_meta_gradient, mesh, params, tasks)
+            (mean, seen), info = on_each(params, tasks)
+        else:
+            refusals.check_divides(num_tasks, mesh)
+            (mean, seen), info = shared_out(on_each, mesh, params, tasks)
+        return mean, info, seen
 
-    return checked
+    return OverTasks(seeing)
 
 
 def shared_out(fn: Callable[[Params, Any], Any], mesh: Mesh, params: Params, tasks: Any) -> Any:
@@ -142,6 +163,8 @@ def _sum_over_devices(tree: Any, axes: tuple[str, ...]) -> Any:
     """Sums over the devices in one all-reduce a dtype."""
     if not axes:
         return tree
+    if _is_sharded_besides():
+        return jax.lax.psum(tree, axes)
     leaves, structure = jax.tree.flatten(tree)
     # In the order of the leaves: every process must send the same first.
     for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
@@ -150,6 +173,13 @@ def _sum_over_devices(tree: Any, axes: tuple[str, ...]) -> Any:
         for i, leaf in zip(places, unflatten(jax.lax.psum(flat, axes)), strict=True):
             leaves[i] = leaf
     return structure.unflatten(leaves)
+
+
+def _is_sharded_besides() -> bool:
+    """Whether JAX shards over other axes of the mesh: arrays joined into one would be whole."""
+    around = jax.sharding.get_abstract_mesh()
+    kinds = zip(around.axis_sizes, around.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
 
 
 def in_chunks(
@@ -193,7 +223,7 @@ def resolve(tasks_at_once: TasksAtOnce, num_tasks: int) -> int:
     return tasks_at_once or num_tasks
 
 
-def _accumulator(dtype: Any) -> Any:
+def accumulator(dtype: Any) -> Any:
     """Sums over many tasks need more than 16 bits."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
@@ -201,7 +231,7 @@ def _accumulator(dtype: Any) -> Any:
 def _sum_kept(grads: jax.Array, keep: jax.Array) -> jax.Array:
     """The sum over tasks, leaving out whole tasks, NaNs and all."""
     keep = keep.reshape(keep.shape + (1,) * (grads.ndim - 1))
-    return jnp.where(keep, grads, jnp.zeros_like(grads)).sum(0, dtype=_accumulator(grads.dtype))
+    return jnp.where(keep, grads, jnp.zeros_like(grads)).sum(0, dtype=accumulator(grads.dtype))
 
 
 def _warn_of_native_convolutions(meta_gradient: MetaGradient, params: Params, tasks: Any) -> None:
@@ -212,5 +242,5 @@ def _warn_of_native_convolutions(meta_gradient: MetaGradient, params: Params, ta
         warnings.warn(
             "this loss holds native convolutions, which are several times slower on CPU when "
             "batched over tasks or run in a loop: wrap it, matmul_convolutions(loss_fn)",
-            stacklevel=3,
+            stacklevel=4,
         )

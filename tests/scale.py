@@ -89,6 +89,9 @@ def on(mesh):
         losses = jax.jit(lambda x: x, out_shardings=whole)(info.query_loss)
         found |= {f"{name} gradient": flat(grads), f"{name} losses": np.asarray(losses)}
         found[f"{name} sent"] = sent(program.as_text())
+        learner = fj.meta_learner(over_tasks, optax.sgd(0.1))
+        step = jax.jit(learner.step).lower(jax.jit(learner.init)(params), tasks).compile()
+        found[f"{name} step sent"] = sent(step.as_text())
         if name == "mlp":
             params = trained(per_task, params, sample_task, mesh)
             found[f"{name} trained"] = flat(params)
@@ -103,6 +106,42 @@ def on(mesh):
 
         found[f"{name} judged"] = np.asarray(judged(params).per_task)
     return found
+
+
+def sharded_besides(devices):
+    """The meta-gradient on 2 x n devices whose second axis shards the parameters; its program."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((16, 4096), (4096, 16), (2, 4, 5, 16), (2, 4, 5, 16))
+    wide, narrow, x, y = map(jax.random.normal, keys, shapes)
+    params = {"in": wide / 4, "out": narrow / 64}
+
+    def loss(params, batch):
+        return jnp.mean((jax.nn.relu(batch[0] @ params["in"]) @ params["out"] - batch[1]) ** 2)
+
+    mesh = jax.make_mesh((2, devices // 2), ("tasks", "model"), (AxisType.Auto,) * 2)
+    layout = {"in": PartitionSpec(None, "model"), "out": PartitionSpec("model", None)}
+    layout = {name: NamedSharding(mesh, spec) for name, spec in layout.items()}
+    tasks = fj.Task((x[0], y[0]), (x[1], y[1]))
+    per_task = fj.fomaml(loss, optax.sgd(0.01), 3)
+    one, each = PartitionSpec(), PartitionSpec("tasks")
+    mapped = jax.jit(
+        jax.shard_map(
+            fj.over_tasks(per_task, axis_name="tasks"),
+            mesh=mesh,
+            in_specs=(one, each),
+            out_specs=(one, each),
+            axis_names={"tasks"},
+        )
+    )
+    program = mapped.lower(jax.device_put(params, layout), tasks).compile()
+    grads, _ = mapped(jax.device_put(params, layout), tasks)
+    in_place = all(grads[name].sharding.is_equivalent_to(layout[name], 2) for name in layout)
+    expected, _ = jax.jit(fj.over_tasks(per_task))(params, tasks)
+    return {
+        "sharded gradient on 1": flat(expected),
+        f"sharded gradient on {devices}": flat(grads),
+        "sharded program": np.array(program.as_text() if in_place else "moved"),
+    }
 
 
 def trained(per_task, params, sample_task, mesh):
@@ -128,6 +167,8 @@ def main(out, devices, *together):
     for size in sizes:
         mesh = jax.make_mesh((size,), ("tasks",), (AxisType.Auto,), devices=jax.devices()[:size])
         everything |= {f"{name} on {size}": value for name, value in on(mesh).items()}
+    if not together:
+        everything |= sharded_besides(sizes[-1])
     if jax.process_index() == 0:
         np.savez(out, **everything)
 

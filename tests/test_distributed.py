@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -54,13 +55,17 @@ def test_devices_and_processes_change_no_number(tmp_path):
         f"{name}, two processes": value
         for name, value in scaled(tmp_path / "two.npz", 2, processes=2).items()
     }
-    assert len(found) == 5 * 9
+    program = str(found.pop("sharded program"))
+    assert len(found) == 5 * 11 + 2
     for name, value in found.items():
         kind, _, mesh = name.partition(" on ")
         if not kind.endswith("sent"):
             np.testing.assert_allclose(value, found[f"{kind} on 1"], rtol=1e-6, atol=1e-12)
         elif mesh != "1":  # one all-reduce for each of two dtypes, and nothing else
             np.testing.assert_array_equal(value, [2, 0, 0, 0, 0])
+    # Of a quarter of the parameters on each device, that is all that a device ever holds.
+    assert not re.search(r"all-gather|all-to-all|f64\[(16,4096|4096,16|131072)\]", program)
+    assert "f64[16,1024]" in program
 
 
 # The command line in several processes.

@@ -88,6 +88,19 @@ def test_your_own_shard_map_and_pmap():
     assert example["main"]() < 1e-5
 
 
+def test_parameters_that_need_not_fit_one_device():
+    """In a process with eight devices: four parts of the parameters, and never the whole."""
+    done = run(sys.executable, ROOT / "examples" / "composition" / "large_models.py")
+    assert done.returncode == 0, done.stderr
+    number = r"([\d.]+)"
+    line = rf"2 x (\d) devices: each holds {number} MB .* plans {number} MB .* {number} -> {number}"
+    (_, *whole), (_, *parts) = (map(float, found) for found in re.findall(line, done.stdout))
+    everything = whole[0]  # parameters and Adam's two moments of them
+    assert parts[0] + parts[1] < 0.52 * everything
+    assert parts[2:] == pytest.approx(whole[2:], rel=1e-3)
+    assert parts[3] < 0.9 * parts[2]
+
+
 def public_functions():
     for module in (fj, fj.tasks, fj.datasets, fj.models, fj.rates, fj.schedules, fj.uneven):
         for name, thing in vars(module).items():

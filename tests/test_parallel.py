@@ -128,6 +128,28 @@ def test_an_axis_of_ones_own_leaves_out_the_same_tasks(mapped):
     assert info.finite.tolist() == [[False, False, True], [True, True, True]]
 
 
+@pytest.mark.usefixtures("float64")
+def test_the_outer_step_knows_the_losses_of_all_devices():
+    params, tasks = network_problem(6)
+    broken = jax.tree.map(lambda x: x.at[jnp.array([0, 1])].set(jnp.nan), tasks)
+    mesh = jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))
+    whole = fj.meta_learner(fj.over_tasks(FOMAML), optax.sgd(0.1))
+    spread = fj.meta_learner(fj.over_tasks(FOMAML, axis_name="tasks"), optax.sgd(0.1))
+
+    def loss_and_number(state, tasks):
+        info = spread.step(state, tasks)[1]
+        return info.loss, info.num_finite
+
+    one = jax.P()
+    mapped = jax.shard_map(
+        loss_and_number, mesh=mesh, in_specs=(one, jax.P("tasks")), out_specs=one
+    )
+    expected = whole.step(whole.init(params), broken)[1]
+    found = jax.jit(mapped)(whole.init(params), broken)
+    assert_close(found, (expected.loss, expected.num_finite))
+    assert int(found[1]) == 4
+
+
 def test_a_users_own_algorithm_inside_of_a_shard_map():
     def own(params, task):
         loss, grads = jax.value_and_grad(network)(params, task.query)
