@@ -19,6 +19,7 @@ import kills
 import memory
 import meta_step
 import peers
+import scaling
 import time_shares
 import time_to_accuracy
 
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "peers": peers,
     "frameworks": frameworks,
     "memory": memory,
+    "scaling": scaling,
     "time_to_accuracy": time_to_accuracy,
     "algorithm_costs": algorithm_costs,
     "kills": kills,
@@ -80,8 +82,15 @@ def section(name: str, module: ModuleType) -> str:
     parts = [f"## {name}.py\n", said, f"\n```bash\npython benchmarks/{name}.py\n```\n"]
     for path in sorted(common.RESULTS.glob(f"{name}-*.json")):
         result = json.loads(path.read_text())
-        parts.append(f"{about(result)}\n\n{common.table(module.COLUMNS, result['rows'])}\n")
+        parts.append(f"{about(result)}\n\n{tables(module, result['rows'])}\n")
     return "\n".join(parts)
+
+
+def tables(module: ModuleType, rows: list[dict[str, Any]]) -> str:
+    """As the script shows them, or one of all rows."""
+    if hasattr(module, "page"):
+        return "\n\n".join(module.page(rows))
+    return common.table(module.COLUMNS, rows)
 
 
 def about(result: dict[str, Any]) -> str:

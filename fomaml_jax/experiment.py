@@ -305,7 +305,7 @@ def train_learner(
     tasks_at_once: TasksAtOnce,
     **follow: Any,
 ) -> Trained:
-    """`train` with the tasks of a step shared out among this process's devices."""
+    """`train` with the tasks of a step shared out among the devices."""
     mesh = mesh_for(tasks_per_step)
     learner = sampled_learner(
         meta_gradient, tasks, optimizer, mesh=mesh, tasks_at_once=tasks_at_once

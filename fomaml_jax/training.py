@@ -513,7 +513,7 @@ class _Run:
         if digest != runs.digest_of_metrics(self.metrics):
             warnings.warn(
                 f"{folder / runs.METRICS} is not what was written up to step {self.step} ({rows} "
-                f"rows, found {len(self.metrics)}): its curves have gaps, the training has none",
+                f"rows, found {len(self.metrics)}): distrust its curves, not the training",
                 stacklevel=3,
             )
 

@@ -16,6 +16,7 @@ SHORT = {
     "peers": ["--settings", "5w1s", "sinusoid", "--tasks", "2", "--repeats", "1"],
     "frameworks": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
     "memory": ["--steps", "1", "--tasks", "16"],  # one setting, that of both series
+    "scaling": ["--problems", "conv4", "--repeats", "1", "--most-tasks", "8"],
     "kills": ["--data", "glyphs", "--kills", "3", "--steps", "120", "--width", "4"],
     "algorithm_costs": [
         *("--settings", "5w1s", "--tasks", "2", "--repeats", "1"),
@@ -45,8 +46,11 @@ def test_short_form(name, tmp_path):
     assert {"device", "versions", "commit", "date"} <= set(result["environment"])
     if name == "kills":
         assert len(result["rows"][0]["kills"]) == 3
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in table}) == 1
+    tables = [part for part in done.stdout.split("\n\n") if part.startswith("|")]
+    assert tables
+    for table in tables:
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) == 1
 
 
 def test_help():

@@ -536,7 +536,7 @@ def test_evaluating_on_other_pictures_is_said_or_refused(tmp_path):
     shutil.rmtree(data)
     refused = call("evaluate", run.folder, "--path", tmp_path / "more")
     assert (refused.code, refused.out) == (2, "")
-    assert f"tested on, 1 were trained on, such as {seen}; restore the folder" in refused.err
+    assert f"tested on, 1 served to train or to validate it, such as {seen}; restore" in refused.err
 
 
 def edited_manifest(**changes):
