@@ -63,7 +63,7 @@ def main() -> None:
         if PROBLEMS[name].tasks > 1:
             rows += devices(name, asked.repeats)
             rows += tasks(name, asked.repeats, asked.most_tasks)
-            print("\n".join(page(rows)), flush=True)
+            print("\n\n".join(page(rows)) + "\n", flush=True)
         else:
             rows.append(alone(name, asked.repeats))
     rows += [row for name in asked.problems for row in model(name, rows)]
