@@ -12,11 +12,13 @@ the same time, with nothing to say to each other.
 Tasks: the time of a task, and the temporary memory that XLA plans, as a step takes more tasks.
 
 Model: up to how many devices at least 90% of the time is computation, from the measured time of a
-task on one core here, and the bytes of the gradient. An all-reduce of B bytes over n devices takes
-the least of a ring's 2 (n - 1) / n B / bandwidth + 2 (n - 1) latency and a tree's 2 B / bandwidth +
-2 log2(n) latency; it begins when the slowest device has ended, all devices being equally fast, and
-nothing overlaps it. Bandwidths are nominal, in one direction, per device. "Speed" is how many times
-faster a device is than one core here: for another machine, measure its tasks with this script.
+task on one core here, and the bytes of the gradient. The time of a task is what one more adds to a
+step: the step of Adam, which every device takes for itself, is not counted as computation. An
+all-reduce of B bytes over n devices takes the least of a ring's 2 (n - 1) / n B / bandwidth +
+2 (n - 1) latency and a tree's 2 B / bandwidth + 2 log2(n) latency; it begins when the slowest
+device has ended, all devices being equally fast, and nothing overlaps it. Bandwidths are nominal,
+in one direction, per device. "Speed" is how many times faster a device is than one core here: for
+another machine, measure its tasks with this script.
 """
 
 import argparse
@@ -65,7 +67,7 @@ def main() -> None:
             rows += tasks(name, asked.repeats, asked.most_tasks)
             print("\n\n".join(page(rows)) + "\n", flush=True)
         else:
-            rows.append(alone(name, asked.repeats))
+            rows += alone(name, asked.repeats)
     rows += [row for name in asked.problems for row in model(name, rows)]
     print("\n" + "\n\n".join(page(rows)))
     common.write("scaling", rows, asked.out)
@@ -147,7 +149,7 @@ def outer_steps(name: str, count: int, num_tasks: int):
     )
     learner = fj.meta_learner(sampled, optax.adam(OUTER_RATE))
     key = jax.random.key(0)
-    steps = 3 if 1 < num_tasks <= 64 else 1  # a call has a cost of its own
+    steps = 3 if problem.tasks > 1 and num_tasks <= 64 else 1  # a call has a cost of its own
 
     def step(_, state):
         keys = fj.tasks.task_keys(key, state.step, num_tasks)
@@ -277,10 +279,12 @@ def devices(name: str, repeats: int) -> list[dict[str, Any]]:
     return [
         about
         | {"scaling": "weak", "tasks": f"{each} -> {each * count}", "one": timed["one"]}
+        | {"one_tasks": each}
         | {"all": timed["all"], "efficiency": common.ratio(timed["one"], timed["all"])}
         | {"apart": limit},
         about
         | {"scaling": "strong", "tasks": f"{each * count}", "one": timed["all tasks on one"]}
+        | {"one_tasks": each * count}
         | {"all": timed["all"], "apart": limit}
         | {"efficiency": common.ratio(timed["all tasks on one"], timed["all"]) / count},
     ]
@@ -303,12 +307,16 @@ def tasks(name: str, repeats: int, most: int) -> list[dict[str, Any]]:
     return rows
 
 
-def alone(name: str, repeats: int) -> dict[str, Any]:
-    """The step of one task on one device, for the model."""
-    worker = Worker(name, 1, 1, cores_of(0, 1))
-    timed = common.interleaved({"one": worker}, max(repeats // 3, 1))["one"]
-    worker.close()
-    return {"table": "alone", "problem": name, "one": timed, **worker.about}
+def alone(name: str, repeats: int) -> list[dict[str, Any]]:
+    """Steps of one task and of three on one device, for the model."""
+    workers = {str(n): Worker(name, 1, n, cores_of(0, 1)) for n in (1, 3)}
+    timed = common.interleaved({**workers}, max(repeats // 3, 1))
+    rows = []
+    for n, worker in workers.items():
+        worker.close()
+        about = {"table": "alone", "problem": name, **worker.about}
+        rows.append(about | {"one_tasks": int(n), "one": timed[n]})
+    return rows
 
 
 # The model.
@@ -342,13 +350,13 @@ def all_reduce(size: float, count: int, link: Link) -> float:
 
 def model(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every speed of a device and every link."""
-    found = [r for r in rows if r["problem"] == name and r.get("scaling") != "strong"]
-    one = next((row for row in found if "one" in row), None)
-    if one is None or name == "sinusoid":
+    found = [row for row in rows if row["problem"] == name and "one" in row]
+    if not found or name == "sinusoid":
         return []
-    each = 16
-    a_task = one["one"]["median"] / PROBLEMS[name].tasks
-    size = 4 * one["parameters"]
+    few, many = found
+    more = many["one_tasks"] - few["one_tasks"]
+    each, a_task = 16, (many["one"]["median"] - few["one"]["median"]) / more
+    size = 4 * few["parameters"]
     return [
         {
             "table": "model",

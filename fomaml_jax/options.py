@@ -205,10 +205,6 @@ def check(options: Options) -> None:
         ValueError: naming the option, the value, and what it may be.
     """
     least = {"inner_steps": 0, "eval_steps": 1, "eval_tasks": 2, "seed": 0, "shift": 0}
-    if not 0 <= options.max_left_out <= 1:
-        raise ValueError(
-            f"--max-left-out must be a share between 0 and 1, got {options.max_left_out}"
-        )
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         option = "--" + field.name.replace("_", "-")
@@ -217,7 +213,8 @@ def check(options: Options) -> None:
             if value > MOST:
                 raise ValueError(f"{option} must be at most {MOST}, got {value}")
         elif field.name == "max_left_out":
-            continue
+            if not 0 <= value <= 1:
+                raise ValueError(f"{option} must be a share between 0 and 1, got {value}")
         elif isinstance(value, float) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{option} must be a finite number above 0, got {value}")
     checkpoint_interval(options.checkpoint_every)

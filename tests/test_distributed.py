@@ -167,6 +167,7 @@ def test_a_process_that_is_terminated_while_judging_ends_the_others_too(tmp_path
         assert victim.poll() is other.poll() is None
         time.sleep(0.1)
     time.sleep(3)
+    assert victim.poll() is other.poll() is None
     victim.send_signal(signal.SIGTERM)
     began = time.monotonic()
     for process in (victim, other):
