@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,11 @@ def test_short_form(name, tmp_path):
     assert {"device", "versions", "commit", "date"} <= set(result["environment"])
     if name == "kills":
         assert len(result["rows"][0]["kills"]) == 3
-    tables = [part for part in done.stdout.split("\n\n") if part.startswith("|")]
+    parts = groupby(done.stdout.splitlines(), key=lambda line: line.startswith("|"))
+    tables = [list(lines) for of_a_table, lines in parts if of_a_table]
     assert tables
     for table in tables:
-        lines = [line for line in table.splitlines() if line.startswith("|")]
-        assert len({line.count("|") for line in lines}) == 1
+        assert len({line.count("|") for line in table}) == 1
 
 
 def test_help():
