@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import options, problems
+from fomaml_jax import heads, options, problems
 from fomaml_jax.batch_statistics import queries_of
 from fomaml_jax.datasets import ImageClasses
 from fomaml_jax.evaluation import Evaluation, evaluate
@@ -158,7 +158,7 @@ def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fi
         tasks_at_once=problem.tasks_at_once,
         name=JOINT,
     )
-    return problems.without_head(trained)
+    return heads.without_head(trained)
 
 
 def _batches(classes: ImageClasses, augment: Augmentation | None) -> TaskDistribution:

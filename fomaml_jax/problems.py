@@ -19,6 +19,7 @@ from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.devices import every_device
 from fomaml_jax.evaluation import Evaluation, evaluate
+from fomaml_jax.heads import HEAD, fresh_head, inner_optimizer, with_head, without_head
 from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.precision import compute_in
@@ -30,11 +31,8 @@ from fomaml_jax.tasks import (
     rotated_classes,
     sinusoid,
 )
-from fomaml_jax.types import Batch, LossFn, MetaGradient, Params, Task, TaskInfo
+from fomaml_jax.types import Batch, LossFn, MetaGradient, Params
 from fomaml_jax.variants import in_every_form, preferring
-
-HEAD = "head"
-"""The name of a network's last, linear layer."""
 
 QUERIES_AT_ONCE = 16
 """Of queries that are normalised one at a time, each in a batch of its own."""
@@ -206,35 +204,6 @@ def initial_params(chosen: options.ImageOptions, outputs: int, classes: ImageCla
 def augmentation(chosen: options.ImageOptions) -> Augmentation | None:
     """What training does to every picture."""
     return random_shift(chosen.shift) if chosen.shift else None
-
-
-def without_head(params: Params) -> Params:
-    """A network's parameters but for those of its linear head."""
-    return {"params": {name: layer for name, layer in params["params"].items() if name != HEAD}}
-
-
-def with_head(params: Params, head: Params) -> Params:
-    """The inverse of `without_head`."""
-    return {"params": {**params["params"], HEAD: head}}
-
-
-def fresh_head(meta_gradient: MetaGradient, head: Params) -> MetaGradient:
-    """Begins every task with the same head: it is adapted with the rest, but not meta-learned."""
-
-    def without(params: Params, task: Task) -> tuple[Params, TaskInfo]:
-        grads, info = meta_gradient(with_head(params, head), task)
-        return without_head(grads), info
-
-    return without
-
-
-def inner_optimizer(rate: float, head_rate: float) -> optax.GradientTransformation:
-    """Gradient descent on every layer, at a rate of its own for the head."""
-
-    def labels(params):
-        return {"params": {name: "head" if name == HEAD else "body" for name in params["params"]}}
-
-    return optax.partition({"body": optax.sgd(rate), "head": optax.sgd(head_rate)}, labels)
 
 
 def outer_optimizer(rate: float, steps: int) -> optax.GradientTransformation:

@@ -10,7 +10,7 @@ import pytest
 from problems import assert_close
 
 import fomaml_jax as fj
-from fomaml_jax import datasets, options, problems
+from fomaml_jax import datasets, heads, options, problems
 from fomaml_jax.datasets import ImageClasses, Splits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -111,7 +111,7 @@ def test_the_head_is_no_shared_parameter_and_starts_at_zero(problem, shared):
 def test_with_head_undoes_without_head(problem, shared):
     started = problem.start(shared)
     head = started["params"]["head"]
-    assert_close(problems.with_head(problems.without_head(started), head), started, 0)
+    assert_close(heads.with_head(heads.without_head(started), head), started, 0)
 
 
 def test_a_fresh_head_is_given_to_every_task_and_its_gradient_thrown_away():
@@ -121,7 +121,7 @@ def test_a_fresh_head_is_given_to_every_task_and_its_gradient_thrown_away():
         assert params == {"params": {"conv0": 3, "head": head}}
         return {"params": {"conv0": 6, "head": head}}, task
 
-    fresh = problems.fresh_head(meta_gradient, head)
+    fresh = heads.fresh_head(meta_gradient, head)
     assert fresh({"params": {"conv0": 3}}, task) == ({"params": {"conv0": 6}}, task)
 
 
@@ -131,7 +131,7 @@ def test_the_meta_gradient_is_the_query_gradient_at_the_adapted_parameters(
     grads, info = jax.jit(problem.meta_gradient)(shared, task)
     assert jax.tree.structure(grads) == jax.tree.structure(problem.params)
     expected = gradient(at(path, -1), task.query)
-    assert_close(grads, problems.without_head(expected), 1e-5)
+    assert_close(grads, heads.without_head(expected), 1e-5)
     assert all(np.any(g) for g in jax.tree.leaves(grads))
     assert info.finite
 
