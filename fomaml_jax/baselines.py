@@ -76,7 +76,7 @@ def nearest_class_mean(
 def second_order(chosen: options.Options, problem: Problem, fit: Fit, key: jax.Array) -> Evaluation:
     """Second-order MAML on the same training tasks."""
     params = fit(
-        maml(problem.loss_fn, problem.inner, chosen.inner_steps),
+        maml(problem.loss_fn, problem.inner(problem.params), chosen.inner_steps),
         problem.train,
         problem.params,
         problem.outer(chosen.steps),
@@ -107,7 +107,9 @@ def joint_pretraining(
         params = _pretrain_on_points(chosen, problem, fit)
 
     def judged(factor: float, tasks: TaskDistribution, num_tasks: int, key: jax.Array):
-        inner = optax.chain(problem.inner, optax.scale(factor))
+        def inner(shared: Params) -> optax.GradientTransformation:
+            return optax.chain(problem.inner(shared), optax.scale(factor))
+
         judge = problems.judge_of(
             dataclasses.replace(problem, inner=inner),
             tasks,
@@ -130,7 +132,7 @@ def _pretrain_on_points(chosen: options.Options, problem: Problem, fit: Fit) -> 
     seen = chosen.inner_steps * chosen.shots + chosen.queries
     steps = chosen.steps * seen // chosen.queries
     return fit(
-        fomaml(problem.loss_fn, problem.inner, 0),
+        fomaml(problem.loss_fn, optax.identity(), 0),
         problem.train,
         problem.params,
         problem.outer(steps),
@@ -158,7 +160,12 @@ def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fi
         tasks_at_once=problem.tasks_at_once,
         name=JOINT,
     )
-    return heads.without_head(trained)
+    body = heads.without_head(trained)["params"]
+
+    def with_body(params: Params) -> Params:
+        return {"params": params["params"] | body}
+
+    return heads.on_parameters(with_body, problem.params)
 
 
 def _batches(classes: ImageClasses, augment: Augmentation | None) -> TaskDistribution:

@@ -23,7 +23,16 @@ try:
     import tyro
     from tyro.conf import Positional
 
-    from fomaml_jax import experiment, options, problems, processes, refusals, reports, runs
+    from fomaml_jax import (
+        experiment,
+        options,
+        problems,
+        processes,
+        recipes,
+        refusals,
+        reports,
+        runs,
+    )
     from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
     from fomaml_jax.checkpoints import CheckpointError
     from fomaml_jax.devices import every_device, use_every_core
@@ -37,6 +46,8 @@ STATISTICS = {
     TRANSDUCTIVE: "query batches normalised together (transductive)",
     ONE_AT_A_TIME: "each query normalised beside the support set alone",
 }
+
+OF_TASKS = "ways", "shots", "queries"
 
 T = TypeVar("T")
 
@@ -72,6 +83,12 @@ class Evaluate:
     """The folder that training wrote."""
     against: Path | None = None
     """Another run, to be compared with on the same tasks, task by task."""
+    ways: int | None = None
+    """Classes of a task; as in the run unless given."""
+    shots: int | None = None
+    """Examples to adapt on (a class); as in the run unless given."""
+    queries: int | None = None
+    """Examples to be judged on (a class); as in the run unless given."""
     eval_tasks: int | None = None
     """Unseen tasks; as many as in the run unless given."""
     eval_steps: int | None = None
@@ -228,7 +245,10 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
 
 
 def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:
-    chosen = _parse(options.DATA_SETS[name], f"fomaml-jax train {name}", words)
+    kind, program = options.DATA_SETS[name], f"fomaml-jax train {name}"
+    chosen = _parse(kind, program, words)
+    if isinstance(chosen, options.Omniglot):  # what is given goes over what the recipe says
+        chosen = _parse(kind, program, words, default=recipes.omniglot(chosen))
     return chosen, chosen.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -356,9 +376,10 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     chosen = options.from_json(runs.read_config(run))
     changes = {
         name: value
-        for name in ("eval_tasks", "eval_steps", "seed", "path", "duplicates")
+        for name in (*OF_TASKS, "eval_tasks", "eval_steps", "seed", "path", "duplicates")
         if (value := getattr(asked, name)) is not None
     }
+    options.check_judged_otherwise(chosen, changes)
     for name in ("path", "duplicates"):
         if name in changes and not hasattr(chosen, name):
             raise ValueError(f"--{name}: {options.name_of(chosen)} has no data to look for")

@@ -8,7 +8,13 @@ import optax
 
 from fomaml_jax import rates, refusals
 from fomaml_jax.manual_axes import varying
-from fomaml_jax.meta_gradients import checked_weights, closed, opened, query_gradients
+from fomaml_jax.meta_gradients import (
+    checked_weights,
+    closed,
+    in_its_forms,
+    opened,
+    query_gradients,
+)
 from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import LossFn, MetaGradient, Params, Task, TaskInfo
 
@@ -84,30 +90,33 @@ def learned_rates(
         raise TypeError("learned rates need num_steps to be a Python int, not an array")
     weights = checked_weights(step_weights, num_steps)
 
-    def meta_gradient(shared: WithRates, task: Task) -> tuple[WithRates, TaskInfo]:
-        refusals.check_shared(shared, WithRates)
-        shared = varying(shared, task)
-        params, of_task = opened(shared.params, task, has_state)
+    def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
+        def meta_gradient(shared: WithRates, task: Task) -> tuple[WithRates, TaskInfo]:
+            refusals.check_shared(shared, WithRates)
+            shared = varying(shared, task)
+            params, of_task = opened(shared.params, task, has_state)
 
-        def query_loss(rates):
-            value, (grads, state, info) = query_gradients(
-                loss_fn,
-                params,
-                task,
-                make_optimizer(rates),
-                num_steps,
-                weights=weights,
-                has_aux=has_aux,
-                unroll=unroll,
-                trainable=trainable,
-                **of_task,
-            )
-            return value, (closed(grads, state, shared.params, has_state), info)
+            def query_loss(rates):
+                value, (grads, state, info) = query_gradients(
+                    loss_fn,
+                    params,
+                    task,
+                    make_optimizer(rates),
+                    num_steps,
+                    weights=weights,
+                    has_aux=has_aux,
+                    unroll=unroll,
+                    trainable=trainable,
+                    **of_task,
+                )
+                return value, (closed(grads, state, shared.params, has_state), info)
 
-        of_rates, (of_params, info) = jax.grad(query_loss, has_aux=True)(shared.rates)
-        return WithRates(of_params, of_rates), info
+            of_rates, (of_params, info) = jax.grad(query_loss, has_aux=True)(shared.rates)
+            return WithRates(of_params, of_rates), info
 
-    return meta_gradient
+        return meta_gradient
+
+    return in_its_forms(form, loss_fn, num_steps, unroll)
 
 
 def meta_sgd(

@@ -97,7 +97,7 @@ def fomaml(
 
         return meta_gradient
 
-    return _in_its_forms(form, loss_fn, num_steps, unroll)
+    return in_its_forms(form, loss_fn, num_steps, unroll)
 
 
 def query_gradients(
@@ -282,7 +282,7 @@ def maml(
 
         return meta_gradient
 
-    return _in_its_forms(form, loss_fn, num_steps, unroll)
+    return in_its_forms(form, loss_fn, num_steps, unroll)
 
 
 def reptile(
@@ -361,7 +361,7 @@ def reptile(
 
         return meta_gradient
 
-    return _in_its_forms(form, loss_fn, num_steps, unroll)
+    return in_its_forms(form, loss_fn, num_steps, unroll)
 
 
 def opened(shared: Any, task: Any, has_state: bool) -> tuple[Params, dict[str, Any]]:
@@ -385,7 +385,7 @@ def closed(grads: Params, state: Any, shared: Any, has_state: bool) -> Any:
 _MAX_UNROLLED = 10
 
 
-def _in_its_forms(
+def in_its_forms(
     form: Callable[[LossFn, int | bool], MetaGradient],
     loss_fn: LossFn,
     num_steps: int | jax.Array,

@@ -33,7 +33,7 @@ class Options:
     inner_rate: float
     """Learning rate of adaptation."""
     rate: float
-    """Learning rate of the outer optimizer (Adam, cosine decay to a hundredth)."""
+    """Learning rate of the outer optimizer, Adam."""
     shots: int
     """Examples to adapt on (a class)."""
     queries: int
@@ -94,7 +94,8 @@ class ImageOptions(Options):
     accuracy is reported either way."""
     train_ways: int | None = None
     """Classes in a training episode; 20, or all if there are fewer, unless given. More make harder
-    tasks and better features, and a head that starts at zero fits any number of classes."""
+    tasks and better features, and a head that starts at zero fits any number of classes. One that
+    is learned fits as many as it was trained with: then they are the ways."""
     train_shots: int = 1
     """Support examples a class in a training episode."""
     steps: int = 2000
@@ -111,8 +112,21 @@ class ImageOptions(Options):
     """Channels of the four convolutions."""
     pooling: Literal["stride", "max"] = "stride"
     """How a block halves the picture."""
+    features: Literal["scaled", "flat", "mean"] = "scaled"
+    """What the head sees of the last block: scaled to one norm, as it is, or its mean over the
+    picture."""
+    head: Literal["zero", "learned"] = "zero"
+    """The linear head starts at zero in every task, or is meta-learned with the rest, for as many
+    classes as are trained with."""
+    learned_rates: bool = False
+    """Learn the rates of adaptation along, one for every tensor and step; those given are the
+    first."""
     inner_clip: float | None = None
     """Largest norm of an inner gradient, all layers together; no bound unless given."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the outer rate goes: down to a hundredth, or not at all."""
+    mirror: bool = False
+    """Train on mirrored pictures too, as classes of their own."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in while training; parameters, sums and evaluation stay float32.
     bfloat16 is faster on TPU and recent GPUs, not on CPU."""
@@ -134,6 +148,9 @@ class Glyphs(ImageOptions):
 class Omniglot(ImageOptions):
     """Handwritten characters of 50 alphabets (Lake et al. 2015)."""
 
+    recipe: Literal["quick", "paper", "best"] = "quick"
+    """Where options that are not given come from: some minutes on two cores, the MAML paper's
+    setting as far as it is known, or what reaches the highest accuracy."""
     steps: int = 2500
     inner_steps: int = 2
 
@@ -144,6 +161,12 @@ class Omniglot(ImageOptions):
     """Never download."""
     split: Literal["vinyals", "background"] = "vinyals"
     """Which characters are unseen: those of Vinyals et al. 2016, or the evaluation alphabets."""
+    turns: Literal["classes", "drawn"] = "classes"
+    """Characters turned by 90 degrees while training: classes of their own, or a turn drawn for
+    each class of an episode. Unseen tasks always have the latter."""
+    resample: Literal["smooth", "nearest"] = "smooth"
+    """How drawings are made smaller: in grey, or or by picking the nearest pixels, as in the MAML
+    authors' code."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,8 +241,20 @@ def check(options: Options) -> None:
         elif isinstance(value, float) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{option} must be a finite number above 0, got {value}")
     checkpoint_interval(options.checkpoint_every)
+    if isinstance(options, ImageOptions):
+        _check_head_and_rates(options)
     if options.tensorboard and not importlib.util.find_spec("tensorboardX"):
         raise ValueError('--tensorboard needs tensorboardX: pip install "fomaml-jax[tensorboard]"')
+
+
+def _check_head_and_rates(options: ImageOptions) -> None:
+    if options.head == "learned" and options.train_ways not in (None, options.ways):
+        raise ValueError(
+            f"--train-ways must be --ways ({options.ways}) where the head is learned, got "
+            f"{options.train_ways}"
+        )
+    if options.learned_rates and not options.inner_steps:
+        raise ValueError("--inner-steps must be at least 1 with --learned-rates, got 0")
 
 
 def checkpoint_interval(text: str) -> int | datetime.timedelta:
@@ -293,6 +328,21 @@ def check_same_tasks(one: Options, other: Options) -> None:
             raise ValueError(
                 f"the runs are judged on different tasks, {name} is {here} and {there}"
             )
+
+
+def check_judged_otherwise(options: Options, changes: dict[str, Any]) -> None:
+    """Refuses other tasks than a run can be judged on.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    images = isinstance(options, ImageOptions)
+    for name in ("ways", "queries"):
+        if name in changes and not images:
+            raise ValueError(f"--{name}: {name_of(options)} has no classes")
+    ways = changes.get("ways")
+    if images and options.head == "learned" and ways not in (None, options.ways):
+        raise ValueError(f"--ways: the run's head is learned for {options.ways}, got {ways}")
 
 
 def to_json(options: Options) -> dict[str, Any]:

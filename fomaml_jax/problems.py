@@ -19,7 +19,17 @@ from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.devices import every_device
 from fomaml_jax.evaluation import Evaluation, evaluate
-from fomaml_jax.heads import HEAD, fresh_head, inner_optimizer, with_head, without_head
+from fomaml_jax.heads import (
+    HEAD,
+    descent_at,
+    first_rates,
+    fresh_head,
+    inner_optimizer,
+    parameters_of,
+    with_head,
+    without_head,
+)
+from fomaml_jax.learned_rates import WithRates, learned_rates
 from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.precision import compute_in
@@ -33,6 +43,9 @@ from fomaml_jax.tasks import (
 )
 from fomaml_jax.types import Batch, LossFn, MetaGradient, Params
 from fomaml_jax.variants import in_every_form, preferring
+
+RATES_RATE = 1e-2
+"""The outer rate of the logarithms of learned inner rates."""
 
 QUERIES_AT_ONCE = 16
 """Of queries that are normalised one at a time, each in a batch of its own."""
@@ -53,7 +66,7 @@ class Problem:
         loss_fn: `(params, batch) -> loss`.
         metric_fn: `(params, batch) -> metric`, what is reported.
         metric: its name.
-        inner: the optimizer of adaptation to unseen tasks.
+        inner: `(shared params) -> optimizer` of adaptation to unseen tasks.
         meta_gradient: `(shared params, task) -> (grads, TaskInfo)` for one training task.
         outer: the optimizer of the shared parameters, for a number of steps.
         train: the distribution of training tasks.
@@ -71,7 +84,7 @@ class Problem:
     loss_fn: LossFn
     metric_fn: MetricFn
     metric: str
-    inner: optax.GradientTransformation
+    inner: Callable[[Params], optax.GradientTransformation]
     meta_gradient: MetaGradient
     outer: Callable[[int], optax.GradientTransformation]
     train: TaskDistribution
@@ -110,7 +123,7 @@ def adapt_path(problem: Problem, num_steps: int) -> Callable[[Params, Batch], Pa
             lambda params, batch: (problem.loss_fn(params, batch), params),
             problem.start(params),
             support,
-            problem.inner,
+            problem.inner(params),
             num_steps,
             has_aux=True,
         )
@@ -172,7 +185,9 @@ def cross_entropy(predict: Predict) -> LossFn:
 
 def network(chosen: options.ImageOptions, outputs: int) -> nn.Module:
     """The network for pictures, with a linear head of `outputs`."""
-    return models.conv4(outputs, width=chosen.width, pooling=chosen.pooling, features="scaled")
+    return models.conv4(
+        outputs, width=chosen.width, pooling=chosen.pooling, features=chosen.features
+    )
 
 
 def native_predictor(chosen: options.ImageOptions) -> Predict:
@@ -192,7 +207,8 @@ def predictor(chosen: options.ImageOptions) -> Predict:
 
 def training_ways(chosen: options.ImageOptions, classes: ImageClasses) -> int:
     """Classes in a training episode."""
-    return chosen.train_ways or min(20, len(classes.images))
+    unless_given = chosen.ways if chosen.head == "learned" else min(20, len(classes.images))
+    return chosen.train_ways or unless_given
 
 
 def initial_params(chosen: options.ImageOptions, outputs: int, classes: ImageClasses) -> Params:
@@ -206,9 +222,12 @@ def augmentation(chosen: options.ImageOptions) -> Augmentation | None:
     return random_shift(chosen.shift) if chosen.shift else None
 
 
-def outer_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam with a cosine decay to a hundredth of the rate."""
-    return optax.adam(optax.cosine_decay_schedule(rate, steps, alpha=0.01))
+def outer_optimizer(
+    rate: float, steps: int, schedule: str = "cosine"
+) -> optax.GradientTransformation:
+    """Adam, with a cosine decay to a hundredth of the rate or without."""
+    decayed = optax.cosine_decay_schedule(rate, steps, alpha=0.01)
+    return optax.adam(decayed if schedule == "cosine" else rate)
 
 
 def _load(chosen: options.ImageOptions) -> Splits:
@@ -216,7 +235,12 @@ def _load(chosen: options.ImageOptions) -> Splits:
         case options.Glyphs():
             return datasets.glyphs()
         case options.Omniglot():
-            return datasets.omniglot(chosen.path, split=chosen.split, download=not chosen.offline)
+            return datasets.omniglot(
+                chosen.path,
+                split=chosen.split,
+                resample=chosen.resample,
+                download=not chosen.offline,
+            )
         case options.Folder():
             return datasets.image_folder(
                 chosen.path,
@@ -229,28 +253,45 @@ def _load(chosen: options.ImageOptions) -> Splits:
 
 
 def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
-    turned = isinstance(chosen, options.Omniglot)
-    if turned:
-        splits = splits._replace(train=_turned_classes(splits.train))
+    omniglot = isinstance(chosen, options.Omniglot)
+    drawn = isinstance(chosen, options.Omniglot) and chosen.turns == "drawn"
+    splits = splits._replace(
+        train=_training_classes(splits.train, mirror=chosen.mirror, turn=omniglot and not drawn)
+    )
     train_ways = training_ways(chosen, splits.train)
     params = initial_params(chosen, train_ways, splits.train)
     head = params["params"][HEAD]
     predict = one_at_a_time(predictor(chosen), queries_at_once=QUERIES_AT_ONCE)
     loss_fn = cross_entropy(predict)
 
-    def inner(ways: int) -> optax.GradientTransformation:
-        descent = inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
+    def inner(shared: Any, ways: int) -> optax.GradientTransformation:
+        if isinstance(shared, WithRates):
+            descent = descent_at(shared.rates, ways / train_ways)
+        else:
+            descent = inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
         if chosen.inner_clip is None:
             return descent
         return optax.chain(optax.clip_by_global_norm(chosen.inner_clip), descent)
 
     network_in_bits = compute_in(jnp.dtype(chosen.compute), native_predictor(chosen))
     in_training = one_at_a_time(network_in_bits, queries_at_once=QUERIES_AT_ONCE)
-    native = fomaml(cross_entropy(in_training), inner(train_ways), chosen.inner_steps)
+    native = _algorithm(
+        chosen, cross_entropy(in_training), lambda shared: inner(shared, train_ways)
+    )
+    meta_gradient = preferring("matmul_convolutions", native)
+    shared = params
+    if chosen.head == "zero":
+        meta_gradient = in_every_form(meta_gradient, functools.partial(fresh_head, head=head))
+        shared = without_head(params)
+    if chosen.learned_rates:
+        rates = chosen.inner_rate, chosen.head_rate * train_ways
+        shared = WithRates(shared, first_rates(params, *rates, chosen.inner_steps))
 
-    def start(params: Params) -> Params:
+    def start(shared: Any) -> Params:
+        if chosen.head == "learned":
+            return parameters_of(shared)
         zeros = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], chosen.ways), x.dtype), head)
-        return with_head(params, zeros)
+        return with_head(parameters_of(shared), zeros)
 
     def accuracy(params: Params, batch: Batch) -> jax.Array:
         x, y = batch
@@ -258,7 +299,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
 
     def unseen(name: str) -> TaskDistribution:
         return _episodes(
-            chosen, name, splits, ways=chosen.ways, shots=chosen.shots, rotations=turned
+            chosen, name, splits, ways=chosen.ways, shots=chosen.shots, rotations=omniglot
         )
 
     statistics = {"transductive": TRANSDUCTIVE, "one-at-a-time": ONE_AT_A_TIME}[chosen.statistics]
@@ -269,6 +310,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         splits,
         ways=train_ways,
         shots=chosen.train_shots,
+        rotations=drawn,
         augment=augmentation(chosen),
     )
     # A small folder may have no classes to spare: training is then followed on its own.
@@ -277,17 +319,15 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     test = {TRANSDUCTIVE: unseen("test"), ONE_AT_A_TIME: beside_support(unseen("test"))}
 
     return Problem(
-        params=without_head(params),
+        params=shared,
         start=start,
         predict=predict,
         loss_fn=loss_fn,
         metric_fn=accuracy,
         metric="accuracy",
-        inner=inner(chosen.ways),
-        meta_gradient=in_every_form(
-            preferring("matmul_convolutions", native), functools.partial(fresh_head, head=head)
-        ),
-        outer=functools.partial(outer_optimizer, chosen.rate),
+        inner=lambda shared: inner(shared, chosen.ways),
+        meta_gradient=meta_gradient,
+        outer=functools.partial(_outer, chosen),
         train=normalised(training),
         validation=normalised(validation),
         test=test.pop(statistics),
@@ -312,13 +352,35 @@ def _episodes(
         raise ValueError(f"{name} split: {error}") from None
 
 
-def _turned_classes(classes: ImageClasses) -> ImageClasses:
-    """Rotations by 90 degrees as classes of their own: four times as many to train on."""
-    return ImageClasses(
-        images=rotated_classes(classes.images),
-        counts=np.tile(classes.counts, 4),
-        names=tuple(f"{name} turned {90 * k}" for k in range(4) for name in classes.names),
-    )
+def _algorithm(
+    chosen: options.ImageOptions,
+    loss_fn: LossFn,
+    inner: Callable[[Any], optax.GradientTransformation],
+) -> MetaGradient:
+    if not chosen.learned_rates:
+        return fomaml(loss_fn, inner(None), chosen.inner_steps)
+    return learned_rates(loss_fn, lambda rates: inner(WithRates(None, rates)), chosen.inner_steps)
+
+
+def _outer(chosen: options.ImageOptions, steps: int) -> optax.GradientTransformation:
+    network = outer_optimizer(chosen.rate, steps, chosen.schedule)
+    if not chosen.learned_rates:
+        return network
+    rates = outer_optimizer(RATES_RATE, steps, chosen.schedule)
+    labels = WithRates("network", "rates")
+    return optax.partition({"network": network, "rates": rates}, labels)
+
+
+def _training_classes(classes: ImageClasses, *, mirror: bool, turn: bool) -> ImageClasses:
+    """With mirrored and turned pictures as classes of their own, where wanted."""
+    images, counts, names = classes.images, classes.counts, classes.names
+    if mirror:
+        images, counts = np.concatenate([images, images[:, :, :, ::-1]]), np.tile(counts, 2)
+        names = (*names, *(f"{name} mirrored" for name in names))
+    if turn:
+        images, counts = rotated_classes(images), np.tile(counts, 4)
+        names = tuple(f"{name} turned {90 * k}" for k in range(4) for name in names)
+    return classes if images is classes.images else ImageClasses(images, counts, names)
 
 
 def _regression(chosen: options.Sinusoid) -> Problem:
@@ -340,7 +402,7 @@ def _regression(chosen: options.Sinusoid) -> Problem:
         loss_fn=loss_fn,
         metric_fn=loss_fn,
         metric="mean squared error",
-        inner=inner,
+        inner=lambda params: inner,
         meta_gradient=fomaml(loss_fn, inner, chosen.inner_steps),
         outer=lambda steps: optax.chain(
             optax.clip_by_global_norm(10.0), outer_optimizer(chosen.rate, steps)

@@ -36,7 +36,7 @@ PARSER = {
     "no value": ("train glyphs --out", "--out"),
     "no path": ("train folder", "--path"),
     "no run": ("evaluate", "PATH"),
-    "an unknown option of evaluate": ("evaluate here --ways 3", "--ways"),
+    "an unknown option of evaluate": ("evaluate here --width 3", "--width"),
 }
 
 

@@ -136,6 +136,79 @@ def test_the_meta_gradient_is_the_query_gradient_at_the_adapted_parameters(
     assert info.finite
 
 
+# Learned rates, and a head that is learned.
+
+LEARNED = dataclasses.replace(CHOSEN, learned_rates=True, inner_steps=2, train_ways=4)
+
+
+def test_learned_rates_are_of_every_tensor_and_step_and_begin_as_given():
+    built = build(LEARNED)
+    rates = jax.tree.map(np.exp, built.params.rates)["params"]
+    assert len(jax.tree.leaves(rates)) == 4 * 3 + 2
+    for name, of_layer in rates.items():
+        rate = LEARNED.head_rate * 4 if name == "head" else LEARNED.inner_rate
+        for x in jax.tree.leaves(of_layer):
+            np.testing.assert_allclose(x, [rate, rate], rtol=1e-6)
+
+
+def test_learned_rates_at_their_first_are_those_of_a_run_without(task):
+    """The head's follow the ways: three here, four in training."""
+    paths = []
+    for learned in (True, False):
+        built = build(dataclasses.replace(LEARNED, learned_rates=learned))
+        paths.append(jax.jit(problems.adapt_path(built, 2))(built.params, task.support))
+    assert_close(*paths, 1e-5)
+
+
+def test_the_gradient_of_a_rate_is_the_change_of_the_query_loss(task):
+    """By a difference: of the head's rate in the last step, on which no later gradient depends."""
+    chosen = dataclasses.replace(LEARNED, train_ways=WAYS)
+    built = build(chosen)
+    shared = built.params
+    grads, _ = jax.jit(built.meta_gradient)(shared, task)
+    adapt_path = jax.jit(problems.adapt_path(built, 2))
+
+    def query_loss(change):
+        logs = jax.tree.map(jnp.array, shared.rates)
+        kernel = logs["params"]["head"]["kernel"]
+        logs["params"]["head"]["kernel"] = kernel.at[1].add(change)
+        return built.loss_fn(
+            at(adapt_path(shared._replace(rates=logs), task.support), -1), task.query
+        )
+
+    expected = (query_loss(0.05) - query_loss(-0.05)) / 0.1
+    np.testing.assert_allclose(grads.rates["params"]["head"]["kernel"][1], expected, rtol=2e-2)
+    assert "head" not in grads.params["params"]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_rates_are_learned_at_an_outer_rate_of_their_own():
+    built = build(LEARNED)
+    ones = jax.tree.map(jnp.ones_like, built.params)
+    for schedule, last in (("cosine", 0.01), ("constant", 1.0)):
+        chosen = dataclasses.replace(LEARNED, rate=0.5, schedule=schedule)
+        optimizer = build(chosen).outer(10)
+        state = optimizer.init(built.params)
+        for _ in range(11):
+            updates, state = optimizer.update(ones, state, built.params)
+        for x in jax.tree.leaves(updates.params):
+            np.testing.assert_allclose(x, -0.5 * last, rtol=1e-3)
+        for x in jax.tree.leaves(updates.rates):
+            np.testing.assert_allclose(x, -problems.RATES_RATE * last, rtol=1e-3)
+
+
+def test_a_learned_head_is_a_shared_parameter_and_fits_the_ways(task):
+    chosen = dataclasses.replace(CHOSEN, head="learned", train_ways=None, features="mean")
+    built = build(chosen)
+    head = built.params["params"]["head"]
+    assert head["kernel"].shape == (4, WAYS)
+    assert np.any(head["kernel"])
+    assert_close(built.start(built.params), built.params, 0)
+    grads, _ = jax.jit(built.meta_gradient)(built.params, task)
+    assert all(np.any(g) for g in jax.tree.leaves(grads))
+    assert len(sample(built.train).support[1]) == WAYS
+
+
 # Adaptation.
 
 
@@ -158,7 +231,7 @@ def test_the_path_ends_where_adaptation_ends(problem, shared, task, path):
     @jax.jit
     def adapted(num_steps):
         start = problem.start(shared)
-        return fj.adapt(problem.loss_fn, start, task.support, problem.inner, num_steps)[0]
+        return fj.adapt(problem.loss_fn, start, task.support, problem.inner(shared), num_steps)[0]
 
     for steps in range(CHOSEN.inner_steps + 1):
         assert_close(at(path, steps), adapted(steps), 1e-5)
@@ -291,6 +364,24 @@ def test_omniglot_is_turned_into_four_times_the_classes_to_train_on():
     assert (built.train.get("rotations", False), built.test["rotations"]) == (False, True)
 
 
+def test_turns_are_drawn_for_the_classes_of_an_episode_where_asked():
+    chosen = options.Omniglot(ways=WAYS, queries=QUERIES, width=4, train_ways=6, turns="drawn")
+    built = asked(chosen)
+    assert built.splits is not None
+    assert built.splits.train is SPLITS.train
+    assert built.train["rotations"] is True
+
+
+def test_mirrored_pictures_are_classes_of_their_own():
+    built = asked(dataclasses.replace(CHOSEN, mirror=True))
+    assert built.splits is not None
+    train = built.splits.train
+    np.testing.assert_array_equal(train.images[:6], SPLITS.train.images)
+    np.testing.assert_array_equal(train.images[6:], SPLITS.train.images[:, :, :, ::-1])
+    assert len(train.counts) == len(set(train.names)) == 2 * 6
+    assert built.splits.test is SPLITS.test
+
+
 @pytest.mark.parametrize(("classes", "ways"), [(6, 6), (20, 20), (30, 20)])
 def test_training_ways_are_twenty_where_there_are_as_many(classes, ways):
     assert problems.training_ways(options.Glyphs(), noise(classes)) == ways
@@ -309,6 +400,14 @@ REFUSED = {
         {"shots": 3, "queries": 3},
         "validation split: shots=3 plus queries=3 is more than the 5 examples of the smallest "
         "class; ask for fewer, or leave that class out",
+    ),
+    "other ways than a learned head": (
+        {"head": "learned", "train_ways": 4},
+        "--train-ways must be --ways (3) where the head is learned, got 4",
+    ),
+    "rates of no step": (
+        {"learned_rates": True, "inner_steps": 0},
+        "--inner-steps must be at least 1 with --learned-rates, got 0",
     ),
     "no tasks": (
         {"tasks_per_step": 0},
