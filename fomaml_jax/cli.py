@@ -312,7 +312,10 @@ def _join(join: dict[str, Any], chosen: options.Options, resumed: Path | None) -
     if chosen.tune and not (resumed and (resumed / runs.PLAN).is_file()):
         raise ValueError("--tune measures one process; leave it out with --distributed")
     processes.join(**join)
-    refusals.check_divides(chosen.tasks_per_step, every_device())
+    try:
+        refusals.check_divides(chosen.tasks_per_step, every_device())
+    except ValueError as error:  # in every process: an orderly end, for all of them
+        _stop(str(error), REFUSED, in_step=True)
 
 
 @contextlib.contextmanager
