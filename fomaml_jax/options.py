@@ -108,8 +108,13 @@ class ImageOptions(Options):
     rate: float = 1e-2
     shift: int = 2
     """Training pictures are shifted at random by up to so many pixels."""
+    affine: float | None = None
+    """Training pictures are turned, slanted and stretched at random, each entry of the matrix off
+    the identity's by up to this; not unless given."""
     width: int = 32
     """Channels of the four convolutions."""
+    widening: bool = False
+    """The third convolution has twice the channels, and the last four times."""
     pooling: Literal["stride", "max"] = "stride"
     """How a block halves the picture."""
     features: Literal["scaled", "flat", "mean"] = "scaled"
@@ -238,6 +243,9 @@ def check(options: Options) -> None:
         elif field.name == "max_left_out":
             if not 0 <= value <= 1:
                 raise ValueError(f"{option} must be a share between 0 and 1, got {value}")
+        elif field.name == "affine":
+            if value is not None and not 0 < value < 0.5:
+                raise ValueError(f"--affine must be above 0 and below 0.5, got {value}")
         elif isinstance(value, float) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{option} must be a finite number above 0, got {value}")
     checkpoint_interval(options.checkpoint_every)

@@ -37,6 +37,7 @@ from fomaml_jax.tasks import (
     Augmentation,
     TaskDistribution,
     episodes,
+    random_affine,
     random_shift,
     rotated_classes,
     sinusoid,
@@ -185,8 +186,12 @@ def cross_entropy(predict: Predict) -> LossFn:
 
 def network(chosen: options.ImageOptions, outputs: int) -> nn.Module:
     """The network for pictures, with a linear head of `outputs`."""
+    factors = (1, 1, 2, 4) if chosen.widening else (1, 1, 1, 1)
     return models.conv4(
-        outputs, width=chosen.width, pooling=chosen.pooling, features=chosen.features
+        outputs,
+        width=[factor * chosen.width for factor in factors],
+        pooling=chosen.pooling,
+        features=chosen.features,
     )
 
 
@@ -219,7 +224,18 @@ def initial_params(chosen: options.ImageOptions, outputs: int, classes: ImageCla
 
 def augmentation(chosen: options.ImageOptions) -> Augmentation | None:
     """What training does to every picture."""
-    return random_shift(chosen.shift) if chosen.shift else None
+    shift = random_shift(chosen.shift) if chosen.shift else None
+    if chosen.affine is None:
+        return shift
+    affine = random_affine(chosen.affine)
+    if shift is None:
+        return affine
+
+    def both(key: jax.Array, image: jax.Array) -> jax.Array:
+        affine_key, shift_key = jax.random.split(key)
+        return shift(shift_key, affine(affine_key, image))
+
+    return both
 
 
 def outer_optimizer(

@@ -216,6 +216,44 @@ def random_shift(pixels: int) -> Augmentation:
     return shift
 
 
+def random_affine(most: float) -> Augmentation:
+    """Turns, slants and stretches a picture about its middle; what comes in is zero.
+
+    Args:
+        most: by how much each entry of the 2 x 2 matrix may be off the identity's, above 0 and
+            below 0.5. With 0.1 that is up to 6 degrees, or a tenth of the size.
+
+    Returns:
+        `(key, image [height, width, ...]) -> image` in floating point, for
+        `episodes(augment=...)`; pixels are interpolated linearly.
+
+    Raises:
+        ValueError: for another number.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, fomaml_jax as fj
+        >>> image = fj.tasks.random_affine(0.1)(jax.random.key(0), jnp.ones((28, 28, 1)))
+        >>> image.shape, image[14, 14].item()
+        ((28, 28, 1), 1.0)
+    """
+    if not 0 < most < 0.5:
+        raise ValueError(f"most must be above 0 and below 0.5, got {most}")
+
+    def transform(key: jax.Array, image: jax.Array) -> jax.Array:
+        off = jax.random.uniform(key, (2, 2), image.dtype, -most, most)
+        middle = [(n - 1) / 2 for n in image.shape[:2]]
+        axes = [jnp.arange(2 * m + 1, dtype=image.dtype) - m for m in middle]
+        apart = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))
+        rows, columns = jnp.einsum("ij,jhw->ihw", jnp.eye(2, dtype=image.dtype) + off, apart)
+        where = [rows + middle[0], columns + middle[1]]
+        flat = image.reshape(*image.shape[:2], -1)
+        resample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1, mode="constant")
+        moved = jax.vmap(lambda channel: resample(channel, where), in_axes=2, out_axes=2)(flat)
+        return moved.reshape(image.shape)
+
+    return transform
+
+
 def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:
     """`count` of `range(population)` without replacement, in random order.
 

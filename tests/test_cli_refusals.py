@@ -117,6 +117,7 @@ REFUSED = {
     "train sinusoid --out file/run": "cannot write a run to file/run: Not a directory",
     "train glyphs --max-left-out 2": "--max-left-out must be a share between 0 and 1, got 2.0",
     "train glyphs --max-left-out nan": "--max-left-out must be a share between 0 and 1, got nan",
+    "train glyphs --affine 0.5": "--affine must be above 0 and below 0.5, got 0.5",
     "train glyphs --minutes 0": f"--minutes {RATE} 0.0",
     "train glyphs --checkpoint-every 0": f"{CHECKPOINTS} '0'",
     "train glyphs --checkpoint-every 5days": f"{CHECKPOINTS} '5days'",

@@ -107,7 +107,8 @@ def plain_conv4(layers, x, pooling, features):
 @pytest.mark.parametrize("features", ["flat", "mean", "scaled"])
 @pytest.mark.parametrize("pooling", ["stride", "max"])
 def test_conv4_equals_plain_numpy(pooling, features):
-    net = fj.models.conv4(3, width=5, pooling=pooling, features=features)
+    width = 5 if features == "flat" else (3, 4, 6, 5)
+    net = fj.models.conv4(3, width=width, pooling=pooling, features=features)
     x = draw(4, 18, 33, 2)  # odd sizes on the way down, and not square
     params = random_params(net, x)
     expected = plain_conv4(params["params"], x, pooling, features)
@@ -162,6 +163,13 @@ def test_pictures_too_small_to_be_halved_four_times_are_refused():
     count(net, 16, 16, 1)
     with pytest.raises(ValueError, match="at least 16 x 16, got 20 x 15, or pooling='stride'"):
         count(net, 20, 15, 1)
+
+
+def test_widths_are_one_number_or_four():
+    with pytest.raises(ValueError, match=r"^width must be one number or four, got 3$"):
+        fj.models.conv4(5, width=(4, 8, 16))
+    with pytest.raises(ValueError, match=r"^width must be an integer of at least 1, got 0$"):
+        fj.models.conv4(5, width=(4, 8, 0, 16))
 
 
 # The layers.

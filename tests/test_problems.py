@@ -293,6 +293,11 @@ def test_the_judge_reports_the_metric_after_every_step(problem, adapt_path, metr
         np.testing.assert_allclose([m[i] for m in judged.per_task], expected, rtol=1e-6)
 
 
+def test_a_widening_network_has_twice_and_four_times_the_channels_at_the_end():
+    kernels = build(dataclasses.replace(CHOSEN, widening=True)).params["params"]
+    assert [kernels[f"conv{k}"]["kernel"].shape[-1] for k in range(4)] == [4, 4, 8, 16]
+
+
 # The outer optimizer.
 
 
@@ -350,6 +355,19 @@ def test_only_training_pictures_are_shifted():
     assert not built.validation.get("augment")
     assert not built.test.get("augment")
     assert not asked(dataclasses.replace(CHOSEN, shift=0)).train["augment"]
+
+
+def test_training_pictures_are_turned_slanted_and_shifted_where_asked():
+    image = jax.random.uniform(KEY, (SIZE, SIZE, 1))
+    affine_key, shift_key = jax.random.split(KEY)
+    for shift in (0, 2):
+        augment = asked(dataclasses.replace(CHOSEN, affine=0.1, shift=shift)).train["augment"]
+        if shift:
+            expected = fj.tasks.random_affine(0.1)(affine_key, image)
+            expected = fj.tasks.random_shift(shift)(shift_key, expected)
+        else:
+            expected = fj.tasks.random_affine(0.1)(KEY, image)
+        np.testing.assert_allclose(augment(KEY, image), expected, rtol=1e-5)
 
 
 def test_omniglot_is_turned_into_four_times_the_classes_to_train_on():

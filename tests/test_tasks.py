@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 
 import fomaml_jax as fj
 
@@ -117,6 +118,38 @@ def test_random_shift_moves_and_never_wraps():
     places = {tuple(np.argwhere(s)[0]) for s in np.asarray(shifted) if s.any()}
     assert places == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert (np.asarray(shifted).sum((1, 2)) == 0).any()  # moved out, not round
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_random_affine_is_what_scipy_makes_of_the_same_matrix(channels):
+    """The matrix is read off pictures of their own coordinates."""
+    size, key = (9, 12), jax.random.key(3)
+    transform = jax.jit(lambda image: fj.tasks.random_affine(0.2)(key, image))
+    middle = (np.array(size) - 1) / 2
+    grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1).astype(np.float32)
+    near = tuple(slice(3, n - 3) for n in size)
+    moved = np.stack([np.asarray(transform(grid[..., axis])) for axis in range(2)], -1)[near]
+    apart = (grid[near] - middle).reshape(-1, 2)
+    matrix = np.linalg.lstsq(apart, (moved - middle).reshape(-1, 2))[0].T
+    assert 0.01 < np.abs(matrix - np.eye(2)).max() <= 0.2 + 1e-4
+
+    image = np.random.default_rng(0).random((*size, *channels), np.float32)
+    planes = image.reshape(*size, -1)
+    offset = middle - matrix @ middle
+    expected = [
+        scipy.ndimage.affine_transform(
+            planes[..., c], matrix, offset, order=1, mode="grid-constant"
+        )
+        for c in range(planes.shape[-1])
+    ]
+    found = np.asarray(transform(image)).reshape(planes.shape)
+    np.testing.assert_allclose(found, np.stack(expected, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize("most", [0, -0.1, 0.5, float("nan")])
+def test_random_affine_refuses_what_could_turn_a_picture_inside_out(most):
+    with pytest.raises(ValueError, match=rf"^most must be above 0 and below 0\.5, got {most}$"):
+        fj.tasks.random_affine(most)
 
 
 def test_sinusoid_draws_from_its_ranges():

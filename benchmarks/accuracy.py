@@ -1,0 +1,187 @@
+"""Omniglot by the recipes of `fomaml-jax train omniglot --recipe`, judged on unseen characters.
+
+Each recipe is trained with several seeds; its best network serves all ways and shots, the paper's
+has one for each. How many steps a network adapts by is chosen on validation characters, at least
+one. Then it is judged once on test characters, each turned at random: 10,000 tasks with their
+queries normalised together (transductive), and fewer with each query beside the support set alone.
+An interval is that of the mean over the tasks of all seeds; the extremes of the seeds are in
+brackets. Minutes are of training alone, without compilation. What was trained before, in the folder
+of `--runs`, is gone on with.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import numpy as np
+
+from fomaml_jax import experiment, options, problems, recipes, runs
+from fomaml_jax.devices import use_every_core
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", choices=["quick", "paper", "best"], default="best")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", default=["5w1s", "5w5s", "20w1s", "20w5s"])
+    parser.add_argument("--steps", type=int, help="outer steps; the recipe's unless given")
+    parser.add_argument("--width", type=int, help="channels; the recipe's unless given")
+    parser.add_argument("--eval-tasks", type=int, default=10_000)
+    parser.add_argument("--alone-tasks", type=int, default=1000, help="with each query alone")
+    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
+    asked = parser.parse_args()
+    use_every_core()
+    platform = jax.devices()[0].platform
+    out = asked.out or common.RESULTS / f"accuracy-{platform}.json"
+    for seed in asked.seeds:
+        for setting in asked.settings:
+            ways, shots = (int(n) for n in setting.removesuffix("s").split("w"))
+            found = row(asked, ways, shots, seed)
+            print(common.table(COLUMNS, summarised([found])), flush=True)
+            common.write("accuracy", [*others(out, found), found], out)
+
+
+def row(asked: argparse.Namespace, ways: int, shots: int, seed: int) -> dict[str, Any]:
+    """Trains, unless that was done before, chooses the inner steps, and judges."""
+    recipe = recipes.omniglot(options.Omniglot(recipe=asked.recipe, ways=ways, shots=shots))
+    changes = {"steps": asked.steps, "width": asked.width, "eval_tasks": asked.eval_tasks}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    chosen = dataclasses.replace(recipe, seed=seed, **changes)
+    params, tasks, seconds = trained(chosen, asked.runs)
+
+    problem = problems.build(chosen)
+    keys = experiment.Keys.of(seed)
+    most = chosen.adaptation_steps
+    judge = problems.judge_of(problem, problem.validation, num_steps=most, num_tasks=1000)
+    validation = [float(x) for x in judge(params, keys.validation).mean]
+    steps = max(range(1, most + 1), key=lambda k: validation[k])
+
+    def judged(chosen: options.Omniglot, statistics: str) -> dict[str, float]:
+        problem = problems.build(chosen)
+        tasks = problem.otherwise.get(statistics, problem.test)
+        judge = problems.judge_of(
+            problem, tasks, num_steps=steps, num_tasks=chosen.eval_tasks, every_step=False
+        )
+        found = judge(params, keys.test)
+        per_task = np.asarray(found.per_task[-1], np.float64)
+        return {
+            "mean": per_task.mean(),
+            "variance": per_task.var(ddof=1),
+            "tasks": chosen.eval_tasks,
+        }
+
+    # A query that is alone does not gain by others: one of a class will do.
+    lone = dataclasses.replace(chosen, queries=1, eval_tasks=asked.alone_tasks)
+    return {
+        "recipe": asked.recipe,
+        "setting": f"{ways}w{shots}s",
+        "seed": seed,
+        "tasks": tasks,
+        "seconds": seconds,
+        "validation": validation,
+        "inner_steps": steps,
+        "transductive": judged(chosen, "transductive"),
+        "one query at a time": judged(lone, "one query at a time"),
+        "config": options.to_json(chosen),
+    }
+
+
+def trained(chosen: options.Omniglot, folder: Path) -> tuple[Any, int, float]:
+    """The parameters of a recipe, the tasks they have seen, and the seconds they took."""
+    serves_all = chosen.recipe != "paper"
+    setting = "" if serves_all else f"-{chosen.ways}w{chosen.shots}s"
+    run = folder / f"{chosen.recipe}{setting}-{chosen.seed}"
+    if serves_all:
+        chosen = dataclasses.replace(chosen, ways=20, shots=1)
+    chosen = dataclasses.replace(chosen, eval_tasks=1000)
+    problem = problems.build(chosen)
+    if (result := runs.finished(run)) is None:
+        begun = (run / runs.CONFIG).exists()
+        result = experiment.train(chosen, problem, run, resume=begun)
+    return runs.load_parameters(run, problem.params), result["tasks_seen"], result["seconds"]
+
+
+def others(path: Path, new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that were written before, but for the one that is made again."""
+
+    def which(row):
+        return row["recipe"], row["setting"], row["seed"]
+
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if which(row) != which(new)]
+
+
+def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a recipe and setting, over its seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["recipe"], row["setting"]), []).append(row)
+    return [
+        {
+            "recipe": recipe,
+            "setting": setting,
+            "seeds": len(group),
+            "tasks": group[0]["tasks"],
+            "minutes": statistics.mean(row["seconds"] for row in group) / 60,
+            "inner_steps": sorted({row["inner_steps"] for row in group}),
+            **{
+                name: over_seeds([row[name] for row in group])
+                for name in ("transductive", "one query at a time")
+            },
+        }
+        for (recipe, setting), group in groups.items()
+    ]
+
+
+def over_seeds(found: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and interval over the tasks of all seeds, and the extremes of the seeds."""
+    means = [of_seed["mean"] for of_seed in found]
+    # Of the mean of independent means, each with its own variance.
+    variance = sum(of_seed["variance"] / of_seed["tasks"] for of_seed in found) / len(found) ** 2
+    return {
+        "mean": statistics.mean(means),
+        "ci95": 1.96 * math.sqrt(variance),
+        "least": min(means),
+        "most": max(means),
+    }
+
+
+def accuracy(name: str) -> Callable[[dict[str, Any]], str]:
+    """A cell: mean, interval, and the seeds' extremes, in percent."""
+
+    def show(row):
+        mean, ci95, least, most = (100 * row[name][k] for k in ("mean", "ci95", "least", "most"))
+        spread = f" ({least:.2f}-{most:.2f})" if row["seeds"] > 1 else ""
+        return f"{mean:.2f} ± {ci95:.2f}{spread}"
+
+    return show
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "recipe": lambda row: row["recipe"],
+    "setting": lambda row: row["setting"],
+    "transductive, %": accuracy("transductive"),
+    "each query alone, %": accuracy("one query at a time"),
+    "inner steps": lambda row: ", ".join(map(str, row["inner_steps"])),
+    "training tasks": lambda row: f"{row['tasks']:,}",
+    "minutes": lambda row: f"{row['minutes']:.0f}",
+    "seeds": lambda row: str(row["seeds"]),
+}
+
+
+def page(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of the page."""
+    return [common.table(COLUMNS, summarised(rows))]
+
+
+if __name__ == "__main__":
+    main()
