@@ -78,7 +78,7 @@ def best(ways: int, shots: int) -> options.Omniglot:
     return options.Omniglot(
         ways=ways,
         shots=shots,
-        steps=12_500,
+        steps=10_000,
         inner_steps=1,
         eval_steps=3,
         pooling="max",
