@@ -2,6 +2,7 @@
 
 from fomaml_jax import batch_statistics, datasets, models, rates, schedules, tasks, uneven
 from fomaml_jax.adaptation import adapt
+from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
 from fomaml_jax.learned_rates import WithRates, learned_rates, meta_sgd
@@ -37,6 +38,7 @@ from fomaml_jax.types import (
 __all__ = [
     "AdaptInfo",
     "Batch",
+    "Classifier",
     "Diagnosis",
     "DivergedError",
     "Evaluation",
@@ -64,6 +66,7 @@ __all__ = [
     "evaluate",
     "fomaml",
     "learned_rates",
+    "load_classifier",
     "maml",
     "matmul_convolutions",
     "meta_learner",

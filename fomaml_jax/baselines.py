@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import heads, options, problems
+from fomaml_jax import classifiers, heads, options, problems
 from fomaml_jax.batch_statistics import queries_of
 from fomaml_jax.datasets import ImageClasses
 from fomaml_jax.evaluation import Evaluation, evaluate
@@ -151,9 +151,9 @@ def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fi
     seen = ways * (chosen.inner_steps * chosen.train_shots + chosen.queries)
     steps = max(1, chosen.steps * chosen.tasks_per_step * seen // (JOINT_BATCH * JOINT_BATCHES))
     trained = fit(
-        fomaml(problems.cross_entropy(problems.predictor(chosen)), optax.identity(), 0),
+        fomaml(classifiers.cross_entropy(classifiers.predictor(chosen)), optax.identity(), 0),
         _batches(classes, problems.augmentation(chosen)),
-        problems.initial_params(chosen, len(classes.images), classes),
+        classifiers.initial_params(chosen, len(classes.images), classes.images.shape[2:]),
         problems.outer_optimizer(chosen.rate, steps),
         steps=steps,
         tasks_per_step=JOINT_BATCHES,

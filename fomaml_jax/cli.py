@@ -24,6 +24,7 @@ try:
     from tyro.conf import Positional
 
     from fomaml_jax import (
+        classifiers,
         experiment,
         options,
         problems,
@@ -65,7 +66,8 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
              with --distributed this is one of several processes that train together, which find
              each other by SLURM, Open MPI, Kubernetes, TPU or the options after it; where one is
              not heard of for a minute (--lost-after SECONDS) the others end, with 134 or 4
-  evaluate   adapts a trained run to unseen tasks again, and compares it with another run
+  evaluate   adapts a trained run to unseen tasks again, and compares it with another run;
+             pretrained:omniglot is one that comes with the package
   report     draws runs, side by side, into one page that needs no other file, and PNG pictures
 
 `fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.
@@ -80,7 +82,7 @@ class Evaluate:
     """Adapts a trained run to unseen tasks."""
 
     run: Positional[Path]
-    """The folder that training wrote."""
+    """The folder that training wrote, or pretrained:omniglot."""
     against: Path | None = None
     """Another run, to be compared with on the same tasks, task by task."""
     ways: int | None = None
@@ -376,6 +378,7 @@ def _report(words: list[str]) -> None:
 
 def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Problem, Any]:
     """A run's options, with the changes that were asked for, its problem and its parameters."""
+    run = classifiers.folder_of(run)
     chosen = options.from_json(runs.read_config(run))
     changes = {
         name: value

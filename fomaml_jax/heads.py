@@ -74,8 +74,8 @@ def first_rates(params: Params, rate: float, head_rate: float, num_steps: int) -
     }
 
 
-def descent_at(logarithms: Params, head_factor: float = 1.0) -> optax.GradientTransformation:
-    """Gradient descent at learned rates, those of the head times a factor."""
+def descent_at(logarithms: Params, ways: int) -> optax.GradientTransformation:
+    """Gradient descent at learned rates, those of the head for each of the ways."""
     of_layers = jax.tree.map(jnp.exp, logarithms)["params"]
-    head = jax.tree.map(lambda x: head_factor * x, of_layers[HEAD])
+    head = jax.tree.map(lambda x: ways * x, of_layers[HEAD])
     return scale_by_rates(with_head({"params": of_layers}, head), per_step=True)

@@ -9,26 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fomaml_jax import datasets, models, options
+from fomaml_jax import classifiers, datasets, models, options
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE, beside_support, one_at_a_time
-from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.devices import every_device
 from fomaml_jax.evaluation import Evaluation, evaluate
-from fomaml_jax.heads import (
-    HEAD,
-    descent_at,
-    first_rates,
-    fresh_head,
-    inner_optimizer,
-    parameters_of,
-    with_head,
-    without_head,
-)
+from fomaml_jax.heads import HEAD, fresh_head
 from fomaml_jax.learned_rates import WithRates, learned_rates
 from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.parallel import TasksAtOnce
@@ -48,10 +37,7 @@ from fomaml_jax.variants import in_every_form, preferring
 RATES_RATE = 1e-2
 """The outer rate of the logarithms of learned inner rates."""
 
-QUERIES_AT_ONCE = 16
-"""Of queries that are normalised one at a time, each in a batch of its own."""
-
-Predict = Callable[[Params, jax.Array], jax.Array]
+Predict = classifiers.Predict
 
 MetricFn = Callable[[Params, Batch], jax.Array]
 
@@ -174,52 +160,10 @@ def judge_of(
     return judge
 
 
-def cross_entropy(predict: Predict) -> LossFn:
-    """The mean cross-entropy of predicted logits, as a loss function of `(x, labels)`."""
-
-    def loss_fn(params: Params, batch: Batch) -> jax.Array:
-        x, y = batch
-        return optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y).mean()
-
-    return loss_fn
-
-
-def network(chosen: options.ImageOptions, outputs: int) -> nn.Module:
-    """The network for pictures, with a linear head of `outputs`."""
-    factors = (1, 1, 2, 4) if chosen.widening else (1, 1, 1, 1)
-    return models.conv4(
-        outputs,
-        width=[factor * chosen.width for factor in factors],
-        pooling=chosen.pooling,
-        features=chosen.features,
-    )
-
-
-def native_predictor(chosen: options.ImageOptions) -> Predict:
-    """The network as a function, for whatever number of classes its head has."""
-
-    def predict(params: Params, x: jax.Array) -> jax.Array:
-        outputs = params["params"][HEAD]["kernel"].shape[-1]
-        return cast(jax.Array, network(chosen, outputs).apply(params, x))
-
-    return predict
-
-
-def predictor(chosen: options.ImageOptions) -> Predict:
-    """The same, fast for the kernels of many tasks."""
-    return matmul_convolutions(native_predictor(chosen))
-
-
 def training_ways(chosen: options.ImageOptions, classes: ImageClasses) -> int:
     """Classes in a training episode."""
     unless_given = chosen.ways if chosen.head == "learned" else min(20, len(classes.images))
     return chosen.train_ways or unless_given
-
-
-def initial_params(chosen: options.ImageOptions, outputs: int, classes: ImageClasses) -> Params:
-    """Parameters for pictures of this size."""
-    example = jnp.zeros((1, *classes.images.shape[2:]))
-    return network(chosen, outputs).init(jax.random.key(chosen.seed), example)
 
 
 def augmentation(chosen: options.ImageOptions) -> Augmentation | None:
@@ -275,39 +219,13 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         train=_training_classes(splits.train, mirror=chosen.mirror, turn=omniglot and not drawn)
     )
     train_ways = training_ways(chosen, splits.train)
-    params = initial_params(chosen, train_ways, splits.train)
+    params = classifiers.initial_params(chosen, train_ways, splits.train.images.shape[2:])
     head = params["params"][HEAD]
-    predict = one_at_a_time(predictor(chosen), queries_at_once=QUERIES_AT_ONCE)
-    loss_fn = cross_entropy(predict)
-
-    def inner(shared: Any, ways: int) -> optax.GradientTransformation:
-        if isinstance(shared, WithRates):
-            descent = descent_at(shared.rates, ways / train_ways)
-        else:
-            descent = inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
-        if chosen.inner_clip is None:
-            return descent
-        return optax.chain(optax.clip_by_global_norm(chosen.inner_clip), descent)
-
-    network_in_bits = compute_in(jnp.dtype(chosen.compute), native_predictor(chosen))
-    in_training = one_at_a_time(network_in_bits, queries_at_once=QUERIES_AT_ONCE)
-    native = _algorithm(
-        chosen, cross_entropy(in_training), lambda shared: inner(shared, train_ways)
-    )
-    meta_gradient = preferring("matmul_convolutions", native)
-    shared = params
+    predict = classifiers.predictor(chosen)
+    loss_fn = classifiers.cross_entropy(predict)
+    meta_gradient = preferring("matmul_convolutions", _algorithm(chosen, train_ways))
     if chosen.head == "zero":
         meta_gradient = in_every_form(meta_gradient, functools.partial(fresh_head, head=head))
-        shared = without_head(params)
-    if chosen.learned_rates:
-        rates = chosen.inner_rate, chosen.head_rate * train_ways
-        shared = WithRates(shared, first_rates(params, *rates, chosen.inner_steps))
-
-    def start(shared: Any) -> Params:
-        if chosen.head == "learned":
-            return parameters_of(shared)
-        zeros = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], chosen.ways), x.dtype), head)
-        return with_head(parameters_of(shared), zeros)
 
     def accuracy(params: Params, batch: Batch) -> jax.Array:
         x, y = batch
@@ -335,13 +253,13 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     test = {TRANSDUCTIVE: unseen("test"), ONE_AT_A_TIME: beside_support(unseen("test"))}
 
     return Problem(
-        params=shared,
-        start=start,
+        params=classifiers.shared_of(chosen, params),
+        start=lambda shared: classifiers.start_of(chosen, shared, head, chosen.ways),
         predict=predict,
         loss_fn=loss_fn,
         metric_fn=accuracy,
         metric="accuracy",
-        inner=lambda shared: inner(shared, chosen.ways),
+        inner=lambda shared: classifiers.inner_of(chosen, shared, chosen.ways),
         meta_gradient=meta_gradient,
         outer=functools.partial(_outer, chosen),
         train=normalised(training),
@@ -368,11 +286,15 @@ def _episodes(
         raise ValueError(f"{name} split: {error}") from None
 
 
-def _algorithm(
-    chosen: options.ImageOptions,
-    loss_fn: LossFn,
-    inner: Callable[[Any], optax.GradientTransformation],
-) -> MetaGradient:
+def _algorithm(chosen: options.ImageOptions, ways: int) -> MetaGradient:
+    """First order, in the forms of convolutions that there are, computed in so many bits."""
+    network = compute_in(jnp.dtype(chosen.compute), classifiers.native_predictor(chosen))
+    in_training = one_at_a_time(network, queries_at_once=classifiers.QUERIES_AT_ONCE)
+    loss_fn = classifiers.cross_entropy(in_training)
+
+    def inner(rates: Any) -> optax.GradientTransformation:
+        return classifiers.inner_of(chosen, rates, ways)
+
     if not chosen.learned_rates:
         return fomaml(loss_fn, inner(None), chosen.inner_steps)
     return learned_rates(loss_fn, lambda rates: inner(WithRates(None, rates)), chosen.inner_steps)

@@ -11,7 +11,7 @@ import pytest
 from command_line import SMALL_GLYPHS, TINY, SmallNetwork, call, noise, trained
 from jax.experimental.compilation_cache import compilation_cache
 
-from fomaml_jax import baselines, datasets, experiment, problems
+from fomaml_jax import baselines, classifiers, datasets, experiment
 from fomaml_jax.datasets import Splits
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -70,7 +70,7 @@ def small_world(kept_compiles):
     """A small network learns small pictures, so that a run takes seconds."""
     small = Splits(noise(8), noise(5), noise(7))
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(problems, "network", lambda chosen, n: SmallNetwork(n, chosen.width))
+        patch.setattr(classifiers, "network", lambda chosen, n: SmallNetwork(n, chosen.width))
         patch.setattr(datasets, "glyphs", lambda: small)
         patch.setattr(experiment, "VALIDATION_TASKS", 4)
         patch.setattr(baselines, "FINE_TUNING_FACTORS", (1.0,))

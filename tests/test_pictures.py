@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 import fomaml_jax as fj
-from fomaml_jax import options, pictures, problems, runs
+from fomaml_jax import classifiers, options, pictures, problems, runs
 from fomaml_jax.pictures import ACCENT, INK, RIGHT, WRONG
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -106,7 +106,7 @@ def product(weights, x):
 def episode_problem(predict=product, images=IMAGES):
     weights = jnp.zeros((images[0, 0].size, WAYS))
     tasks = fj.tasks.episodes(images, ways=WAYS, shots=1, queries=QUERIES)
-    loss = problems.cross_entropy(product)
+    loss = classifiers.cross_entropy(product)
     return problems.Problem(
         params=weights,
         start=lambda params: params,

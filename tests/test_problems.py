@@ -146,7 +146,7 @@ def test_learned_rates_are_of_every_tensor_and_step_and_begin_as_given():
     rates = jax.tree.map(np.exp, built.params.rates)["params"]
     assert len(jax.tree.leaves(rates)) == 4 * 3 + 2
     for name, of_layer in rates.items():
-        rate = LEARNED.head_rate * 4 if name == "head" else LEARNED.inner_rate
+        rate = LEARNED.head_rate if name == "head" else LEARNED.inner_rate
         for x in jax.tree.leaves(of_layer):
             np.testing.assert_allclose(x, [rate, rate], rtol=1e-6)
 

@@ -1,0 +1,227 @@
+"""A few-shot classifier: its network, how it adapts to labelled pictures, and trained ones."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from fomaml_jax import models, options, refusals, runs
+from fomaml_jax.adaptation import adapt
+from fomaml_jax.batch_statistics import one_at_a_time
+from fomaml_jax.convolutions import matmul_convolutions
+from fomaml_jax.heads import (
+    HEAD,
+    descent_at,
+    first_rates,
+    inner_optimizer,
+    parameters_of,
+    with_head,
+    without_head,
+)
+from fomaml_jax.learned_rates import WithRates
+from fomaml_jax.tasks import as_float
+from fomaml_jax.types import Batch, LossFn, Params
+
+Predict = Callable[[Params, Any], jax.Array]
+
+QUERIES_AT_ONCE = 16
+"""Of queries that are normalised one at a time, each in a batch of its own."""
+
+READY = Path(__file__).with_name("pretrained")
+"""The folder of trained networks that come with the package, each a run's."""
+
+PRETRAINED = "pretrained:"
+"""What names one of them in place of a folder."""
+
+
+def network(chosen: options.ImageOptions, outputs: int) -> nn.Module:
+    """The network for pictures, with a linear head of `outputs`."""
+    factors = (1, 1, 2, 4) if chosen.widening else (1, 1, 1, 1)
+    return models.conv4(
+        outputs,
+        width=[factor * chosen.width for factor in factors],
+        pooling=chosen.pooling,
+        features=chosen.features,
+    )
+
+
+def native_predictor(chosen: options.ImageOptions) -> Predict:
+    """The network as a function, for whatever number of classes its head has."""
+
+    def predict(params: Params, x: jax.Array) -> jax.Array:
+        outputs = params["params"][HEAD]["kernel"].shape[-1]
+        return cast(jax.Array, network(chosen, outputs).apply(params, x))
+
+    return predict
+
+
+def predictor(chosen: options.ImageOptions) -> Predict:
+    """The same, fast for the kernels of many tasks; queries `Beside` a support set, one by one."""
+    fast = matmul_convolutions(native_predictor(chosen))
+    return one_at_a_time(fast, queries_at_once=QUERIES_AT_ONCE)
+
+
+def cross_entropy(predict: Predict) -> LossFn:
+    """The mean cross-entropy of predicted logits, as a loss function of `(x, labels)`."""
+
+    def loss_fn(params: Params, batch: Batch) -> jax.Array:
+        x, y = batch
+        return optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y).mean()
+
+    return loss_fn
+
+
+def initial_params(chosen: options.ImageOptions, outputs: int, picture: tuple[int, ...]) -> Params:
+    """Parameters of the network, for pictures of this shape."""
+    return network(chosen, outputs).init(jax.random.key(chosen.seed), jnp.zeros((1, *picture)))
+
+
+def shared_of(chosen: options.ImageOptions, params: Params) -> Any:
+    """What is meta-learned of a network's parameters, with the inner rates where they are learned.
+
+    Those of the head are for each way, so that they fit any number of classes.
+    """
+    shared = without_head(params) if chosen.head == "zero" else params
+    if not chosen.learned_rates:
+        return shared
+    rates = chosen.inner_rate, chosen.head_rate
+    return WithRates(shared, first_rates(params, *rates, chosen.inner_steps))
+
+
+def start_of(chosen: options.ImageOptions, shared: Any, head: Params, ways: int) -> Params:
+    """Parameters to adapt to a task from: with a head of zeros, unless it is learned."""
+    if chosen.head == "learned":
+        return parameters_of(shared)
+    zeros = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], ways), x.dtype), head)
+    return with_head(parameters_of(shared), zeros)
+
+
+def inner_of(chosen: options.ImageOptions, shared: Any, ways: int) -> optax.GradientTransformation:
+    """The optimizer that adapts to so many classes."""
+    if isinstance(shared, WithRates):
+        descent = descent_at(shared.rates, ways)
+    else:
+        descent = inner_optimizer(chosen.inner_rate, chosen.head_rate * ways)
+    if chosen.inner_clip is None:
+        return descent
+    return optax.chain(optax.clip_by_global_norm(chosen.inner_clip), descent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A trained few-shot classifier; its methods are pure, and work under `jit` and `vmap`.
+
+    Attributes:
+        chosen: the options that it was trained with.
+        params: what was meta-learned.
+        picture: the shape of a picture, `(height, width, channels)`.
+    """
+
+    chosen: options.ImageOptions
+    params: Any
+    picture: tuple[int, ...]
+
+    def adapt(self, support: Batch, *, ways: int | None = None, steps: int | None = None) -> Params:
+        """Parameters adapted to labelled pictures.
+
+        Args:
+            support: pictures `[n, height, width, channels]`, uint8 or in `[0, 1]`, and labels
+                `[n]` from 0 to `ways - 1`.
+            ways: number of classes; as in the options unless given. A head that is learned has no
+                others.
+            steps: of adaptation; as in the options unless given.
+
+        Returns:
+            The parameters of a network for these classes.
+
+        Raises:
+            ValueError: for pictures of another shape, other ways than a learned head's, or numbers
+                below one.
+        """
+        ways = self.chosen.ways if ways is None else ways
+        steps = self.chosen.adaptation_steps if steps is None else steps
+        refusals.check_at_least("ways", ways, 1)
+        refusals.check_at_least("steps", steps, 0)
+        options.check_judged_otherwise(self.chosen, {"ways": ways})
+        x, y = support
+        head = jax.eval_shape(lambda: initial_params(self.chosen, ways, self.picture))["params"]
+        return adapt(
+            cross_entropy(predictor(self.chosen)),
+            start_of(self.chosen, self.params, head[HEAD], ways),
+            (self._pictures(x), y),
+            inner_of(self.chosen, self.params, ways),
+            steps,
+        )[0]
+
+    def predict(self, adapted: Params, x: Any) -> jax.Array:
+        """Logits `[n, ways]` of pictures.
+
+        Args:
+            adapted: what `adapt` returned.
+            x: pictures `[n, height, width, channels]`, which are normalised together, or a
+                `fj.batch_statistics.Beside` of support and query pictures, each of which is then
+                normalised beside the support set alone.
+        """
+        return predictor(self.chosen)(adapted, jax.tree.map(self._pictures, x))
+
+    def _pictures(self, x: Any) -> jax.Array:
+        x = as_float(jnp.asarray(x))
+        if x.shape[1:] != self.picture:
+            shape = ", ".join(map(str, self.picture))
+            raise ValueError(f"pictures must be [n, {shape}], got {list(x.shape)}")
+        return x
+
+
+def load_classifier(run: str | Path) -> Classifier:
+    """The classifier that `fomaml-jax train` left in a folder, or one that comes with the package.
+
+    Args:
+        run: the folder, or `"pretrained:omniglot"`: trained on Omniglot's training characters
+            (Vinyals et al. 2016), 28 x 28 x 1, ink 1 on 0. `pretrained/omniglot/MODEL.md` in the
+            package says how, and how good it is.
+
+    Returns:
+        A `Classifier`.
+
+    Raises:
+        ValueError: for a folder that holds no classifier, or a damaged one.
+
+    Example:
+        >>> import jax, numpy as np, fomaml_jax as fj
+        >>> classifier = fj.load_classifier("pretrained:omniglot")
+        >>> support = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
+        >>> adapted = classifier.adapt((support, np.arange(3)), ways=3)
+        >>> classifier.predict(adapted, support).argmax(-1)
+        Array([0, 1, 2], dtype=int32)
+    """
+    folder = folder_of(run)
+    chosen = options.from_json(runs.read_config(folder))
+    if not isinstance(chosen, options.ImageOptions):
+        raise ValueError(f"{folder} is a run of {options.name_of(chosen)}, which has no classes")
+    size = (chosen.size, chosen.size, chosen.channels) if isinstance(chosen, options.Folder) else ()
+    picture = size or (28, 28, 1)
+    ways = chosen.ways  # of the head, where it is learned
+    like = jax.eval_shape(lambda: shared_of(chosen, initial_params(chosen, ways, picture)))
+    return Classifier(chosen, runs.load_parameters(folder, like), picture)
+
+
+def folder_of(run: str | Path) -> Path:
+    """The folder of a run, or of a trained network that comes with the package.
+
+    Raises:
+        ValueError: for the name of none.
+    """
+    name = str(run)
+    if not name.startswith(PRETRAINED):
+        return Path(run)
+    there = sorted(path.name for path in READY.iterdir() if path.is_dir())
+    name = name.removeprefix(PRETRAINED)
+    if name not in there:
+        names = ", ".join(PRETRAINED + one for one in there)
+        raise ValueError(f"there is no {PRETRAINED}{name}; there are {names}")
+    return READY / name

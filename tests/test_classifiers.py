@@ -1,0 +1,131 @@
+"""Trained classifiers in Python: the same numbers as a run's, for pictures in memory."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_line import call
+from problems import assert_close
+from test_problems import CHOSEN, SIZE, WAYS, build, sample
+
+import fomaml_jax as fj
+from fomaml_jax import classifiers, options, problems, runs
+
+KEY = jax.random.key(0)
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def ready():
+    return fj.load_classifier("pretrained:omniglot")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (6, 28, 28, 1), np.uint8)
+
+
+@pytest.mark.parametrize("head", ["zero", "learned"])
+@pytest.mark.parametrize("learned_rates", [False, True])
+def test_a_classifier_does_what_its_problem_does(head, learned_rates, quick_compiles):
+    chosen = dataclasses.replace(CHOSEN, head=head, learned_rates=learned_rates, inner_steps=2)
+    built = build(chosen)
+    task = sample(built.test)
+    classifier = fj.Classifier(chosen, built.params, (SIZE, SIZE, 1))
+    expected = jax.jit(problems.adapt_path(built, 2))(built.params, task.support)
+    adapted = jax.jit(classifier.adapt)(task.support)
+    assert_close(adapted, jax.tree.map(lambda x: x[-1], expected), 1e-5)
+    x, _ = task.query
+    logits = jax.jit(classifier.predict)(adapted, x)
+    np.testing.assert_allclose(logits, jax.jit(built.predict)(adapted, x), rtol=1e-5)
+    assert_close(classifier.adapt(task.support, steps=0), built.start(built.params), 0)
+
+
+@pytest.mark.parametrize("chosen", [CHOSEN, dataclasses.replace(CHOSEN, head="learned")])
+def test_what_a_run_leaves_can_be_loaded_without_its_data(chosen, tmp_path):
+    params = classifiers.initial_params(chosen, WAYS, (28, 28, 1))
+    shared = classifiers.shared_of(chosen, jax.tree.map(lambda x: x + 1.0, params))
+    runs.write_json(tmp_path / runs.CONFIG, options.to_json(chosen))
+    runs.save_parameters(tmp_path, shared)
+    loaded = fj.load_classifier(tmp_path)
+    assert loaded.chosen == chosen
+    assert_close(loaded.params, shared, 0)
+
+
+@pytest.mark.parametrize("ways", [2, 6])
+def test_one_network_serves_any_number_of_classes(ready, pictures, ways):
+    labels = np.arange(6) % ways
+    adapted = jax.jit(lambda x, y: ready.adapt((x, y), ways=ways))(pictures, labels)
+    logits = jax.jit(ready.predict)(adapted, pictures)
+    assert logits.shape == (6, ways)
+    if ways == 6:  # pictures that it was shown
+        np.testing.assert_array_equal(logits.argmax(-1), labels)
+
+
+def test_bytes_are_grey_levels_and_queries_may_be_alone(ready, pictures):
+    support = pictures / np.float32(255), np.arange(6)
+    adapted = jax.jit(lambda s: ready.adapt(s, ways=6))(support)
+    predict = jax.jit(ready.predict)
+    np.testing.assert_allclose(
+        predict(adapted, support[0]), predict(adapted, pictures), rtol=1e-4, atol=1e-4
+    )
+    beside = fj.batch_statistics.Beside(pictures, pictures[:2])
+    alone = predict(adapted, beside)
+    for k in range(2):  # whatever else is asked
+        one = fj.batch_statistics.Beside(pictures, pictures[k : k + 1])
+        np.testing.assert_allclose(alone[k], predict(adapted, one)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_many_tasks_at_once(ready, pictures):
+    tasks = jnp.stack([pictures, pictures[::-1]])
+    adapted = jax.jit(jax.vmap(lambda x: ready.adapt((x, jnp.arange(6)), ways=6)))(tasks)
+    logits = jax.jit(jax.vmap(ready.predict))(adapted, tasks)
+    np.testing.assert_array_equal(logits.argmax(-1), np.tile(np.arange(6), (2, 1)))
+
+
+def test_refusals(ready, pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"^pictures must be \[n, 28, 28, 1\], got \[6, 28, 28\]$"):
+        ready.adapt((pictures[..., 0], np.arange(6)), ways=6)
+    with pytest.raises(ValueError, match=r"^ways must be an integer of at least 1, got 0$"):
+        ready.adapt((pictures, np.arange(6)), ways=0)
+    learned = dataclasses.replace(CHOSEN, head="learned")
+    with pytest.raises(ValueError, match=r"^--ways: the run's head is learned for 3, got 4$"):
+        fj.Classifier(learned, {}, (28, 28, 1)).adapt((pictures, np.arange(6)), ways=4)
+    message = "there is no pretrained:zeal; there are pretrained:omniglot"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fj.load_classifier("pretrained:zeal")
+    runs.write_json(tmp_path / runs.CONFIG, options.to_json(options.Sinusoid()))
+    with pytest.raises(ValueError, match=r"is a run of sinusoid, which has no classes$"):
+        fj.load_classifier(tmp_path)
+    refused = call("evaluate", "pretrained:zeal")
+    assert (refused.code, refused.err) == (2, f"fomaml-jax: {message}\n")
+
+
+def test_the_network_that_comes_along_is_small_and_says_what_it_is():
+    folder = classifiers.READY / "omniglot"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1e6
+    card = (folder / "MODEL.md").read_text()
+    assert all(word in card for word in ("Omniglot", "MIT", "not"))
+
+
+@pytest.mark.usefixtures("omniglot_folder", "standard_promotion")
+def test_its_accuracy_is_within_the_interval_that_was_committed():
+    """The number in the README, from other tasks of the same distribution."""
+    rows = json.loads((RESULTS / "accuracy-cpu.json").read_text())["rows"]
+    (row,) = [
+        row for row in rows if (row["recipe"], row["setting"], row["seed"]) == ("best", "5w1s", 0)
+    ]
+    words = ("--ways", "5", "--shots", "1", "--eval-tasks", "400", "--seed", "7")
+    steps = str(row["inner_steps"])
+    found = call("evaluate", "pretrained:omniglot", *words, "--eval-steps", steps)
+    assert found.code == 0, found.err
+    name = f"after {steps} step{'s' * (steps != '1')}"
+    (accuracy,) = map(float, re.findall(rf"^  {name} +([\d.]+) %", found.out, re.MULTILINE))
+    committed = row["transductive"]
+    spread = np.sqrt(committed["variance"] * (1 / 400 + 1 / committed["tasks"]))
+    assert abs(accuracy / 100 - committed["mean"]) < 3 * spread
