@@ -5,8 +5,8 @@ has one for each. How many steps a network adapts by is chosen on validation cha
 one. Then it is judged once on test characters, each turned at random: 10,000 tasks with their
 queries normalised together (transductive), and fewer with each query beside the support set alone.
 An interval is that of the mean over the tasks of all seeds; the extremes of the seeds are in
-brackets. Minutes are of training alone, without compilation. What was trained before, in the folder
-of `--runs`, is gone on with.
+brackets. The published numbers are transductive too. Minutes are of training alone, without
+compilation. What was trained before, in the folder of `--runs`, is gone on with.
 """
 
 import argparse
@@ -24,6 +24,13 @@ import numpy as np
 
 from fomaml_jax import experiment, options, problems, recipes, runs
 from fomaml_jax.devices import use_every_core
+
+PUBLISHED = {
+    "FOMAML, published": {"5w1s": 98.3, "5w5s": 99.2, "20w1s": 89.4, "20w5s": 97.9},
+    "MAML, published": {"5w1s": 98.7, "5w5s": 99.9, "20w1s": 95.8, "20w5s": 98.9},
+}
+"""Transductive, in percent: Nichol et al. 2018, https://arxiv.org/abs/1803.02999, table 2; Finn et
+al. 2017, https://arxiv.org/abs/1703.03400, table 1."""
 
 
 def main() -> None:
@@ -61,7 +68,9 @@ def row(asked: argparse.Namespace, ways: int, shots: int, seed: int) -> dict[str
     problem = problems.build(chosen)
     keys = experiment.Keys.of(seed)
     most = chosen.adaptation_steps
-    judge = problems.judge_of(problem, problem.validation, num_steps=most, num_tasks=1000)
+    judge = problems.judge_of(
+        problem, problem.validation, num_steps=most, num_tasks=min(1000, asked.eval_tasks)
+    )
     validation = [float(x) for x in judge(params, keys.validation).mean]
     steps = max(range(1, most + 1), key=lambda k: validation[k])
 
@@ -102,7 +111,7 @@ def trained(chosen: options.Omniglot, folder: Path) -> tuple[Any, int, float]:
     run = folder / f"{chosen.recipe}{setting}-{chosen.seed}"
     if serves_all:
         chosen = dataclasses.replace(chosen, ways=20, shots=1)
-    chosen = dataclasses.replace(chosen, eval_tasks=1000)
+    chosen = dataclasses.replace(chosen, eval_tasks=min(1000, chosen.eval_tasks))
     problem = problems.build(chosen)
     if (result := runs.finished(run)) is None:
         begun = (run / runs.CONFIG).exists()
@@ -171,6 +180,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "setting": lambda row: row["setting"],
     "transductive, %": accuracy("transductive"),
     "each query alone, %": accuracy("one query at a time"),
+    **{
+        name: lambda row, found=found: f"{found.get(row['setting'], math.nan):.1f}"
+        for name, found in PUBLISHED.items()
+    },
     "inner steps": lambda row: ", ".join(map(str, row["inner_steps"])),
     "training tasks": lambda row: f"{row['tasks']:,}",
     "minutes": lambda row: f"{row['minutes']:.0f}",

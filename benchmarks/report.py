@@ -1,6 +1,6 @@
-"""Writes README.md from the results, and the algorithms' table into the project's own.
+"""Writes README.md from the results, and tables into the project's own and the model card.
 
-No number in either is typed by hand.
+No number in these tables is typed by hand.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import accuracy
 import algorithm_costs
 import algorithms
 import common
@@ -23,9 +24,11 @@ import scaling
 import time_shares
 import time_to_accuracy
 
+import fomaml_jax
+
 README = Path(__file__).with_name("README.md")
 PROJECT = Path(__file__).parents[1] / "README.md"
-MARKED = re.compile(r"(?<=<!-- algorithms -->\n).*?(?=<!-- end -->)", re.DOTALL)
+MODEL = Path(fomaml_jax.__file__).parent / "pretrained" / "omniglot" / "MODEL.md"
 BENCHMARKS = {
     "meta_step": meta_step,
     "time_shares": time_shares,
@@ -37,6 +40,7 @@ BENCHMARKS = {
     "algorithm_costs": algorithm_costs,
     "kills": kills,
     "algorithms": algorithms,
+    "accuracy": accuracy,
 }
 
 HEAD = """# Benchmarks
@@ -59,8 +63,9 @@ def main() -> None:
     """Runs from the command line."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(render())
-    PROJECT.write_text(with_algorithms(PROJECT.read_text()))
-    print(f"written to {README} and {PROJECT}")
+    for path in (PROJECT, MODEL):
+        path.write_text(with_tables(path.read_text()))
+    print(f"written to {README}, {PROJECT} and {MODEL}")
 
 
 def render() -> str:
@@ -69,11 +74,13 @@ def render() -> str:
     return "\n".join([HEAD, *sections])
 
 
-def with_algorithms(page: str) -> str:
-    """The project's README with the table as it was last measured on a CPU."""
-    result = json.loads((common.RESULTS / "algorithms-cpu.json").read_text())
-    table = common.table(algorithms.COLUMNS, result["rows"])
-    return MARKED.sub(lambda _: f"\n{table}\n\n", page)
+def with_tables(page: str) -> str:
+    """A page with its marked tables as they were last measured on a CPU."""
+    for name, module in {"algorithms": algorithms, "accuracy": accuracy}.items():
+        marked = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        rows = json.loads((common.RESULTS / f"{name}-cpu.json").read_text())["rows"]
+        page = marked.sub(f"\n{tables(module, rows)}\n\n", page)
+    return page
 
 
 def section(name: str, module: ModuleType) -> str:

@@ -27,6 +27,10 @@ SHORT = {
         *("--data", "glyphs", "--steps", "5", "--ways", "3", "--eval-tasks", "2", "--width", "4"),
         *("--algorithms", "FOMAML", "LSLR, multi-step loss", "ProtoMAML"),
     ],
+    "accuracy": [
+        *("--seeds", "0", "--settings", "5w1s", "--steps", "4", "--width", "4"),
+        *("--eval-tasks", "4", "--alone-tasks", "2"),
+    ],
     "time_to_accuracy": ["--data", "glyphs", "--steps", "4", "--width", "4", "--eval-tasks", "2"],
 }
 
@@ -38,9 +42,13 @@ def run(name, *words):
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_short_form(name, tmp_path):
+def test_short_form(name, tmp_path, request):
     out = tmp_path / "result.json"
-    done = run(name, *SHORT[name], "--out", str(out))
+    words = [*SHORT[name], "--out", str(out)]
+    if name == "accuracy":
+        request.getfixturevalue("omniglot_folder")
+        words += ["--runs", str(tmp_path / "runs")]
+    done = run(name, *words)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["rows"]
@@ -80,6 +88,10 @@ def test_the_pages_are_what_the_results_say(monkeypatch):
     import report
 
     assert report.README.read_text() == report.render()
-    project = report.PROJECT.read_text()
-    assert report.MARKED.search(project)
-    assert project == report.with_algorithms(project)
+    for path, marked in (
+        (report.PROJECT, ("algorithms", "accuracy")),
+        (report.MODEL, ["accuracy"]),
+    ):
+        page = path.read_text()
+        assert all(f"<!-- {name} -->\n\n|" in page for name in marked)
+        assert page == report.with_tables(page)

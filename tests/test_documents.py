@@ -53,6 +53,18 @@ def test_the_omniglot_example(omniglot_folder):
     assert after > before + 10
 
 
+def test_the_best_recipe_in_plain_functions(omniglot_folder):
+    done = run(
+        sys.executable,
+        ROOT / "examples" / "omniglot_best.py",
+        *("--data", omniglot_folder, "--steps", "15", "--width", "4", "--tasks", "20"),
+    )
+    assert done.returncode == 0, done.stderr
+    five, *_, twenty = map(float, re.findall(r"tasks: ([\d.]+)", done.stdout))
+    assert five > 20 + 10
+    assert twenty > 5 + 10
+
+
 def test_two_processes_on_this_machine(tmp_path):
     script = ROOT / "examples" / "distributed" / "local.sh"
     here = Path(sys.executable).parent
