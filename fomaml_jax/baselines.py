@@ -147,6 +147,8 @@ def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fi
     """Classification of all training classes; its head then makes way for the problem's."""
     assert problem.splits is not None
     classes = problem.splits.train
+    if isinstance(chosen, options.Omniglot) and chosen.turns == "drawn":  # it sees turns as well
+        classes = problems.training_classes(classes, mirror=False, turn=True)
     ways = problems.training_ways(chosen, classes)
     seen = ways * (chosen.inner_steps * chosen.train_shots + chosen.queries)
     steps = max(1, chosen.steps * chosen.tasks_per_step * seen // (JOINT_BATCH * JOINT_BATCHES))
@@ -154,7 +156,7 @@ def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fi
         fomaml(classifiers.cross_entropy(classifiers.predictor(chosen)), optax.identity(), 0),
         _batches(classes, problems.augmentation(chosen)),
         classifiers.initial_params(chosen, len(classes.images), classes.images.shape[2:]),
-        problems.outer_optimizer(chosen.rate, steps),
+        problems.outer_optimizer(chosen.rate, steps, chosen.schedule),
         steps=steps,
         tasks_per_step=JOINT_BATCHES,
         tasks_at_once=problem.tasks_at_once,

@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
+from jax.core import Tracer
 
 from fomaml_jax import models, options, refusals, runs
 from fomaml_jax.adaptation import adapt
@@ -132,28 +134,27 @@ class Classifier:
         Args:
             support: pictures `[n, height, width, channels]`, uint8 or in `[0, 1]`, and labels
                 `[n]` from 0 to `ways - 1`.
-            ways: number of classes; as in the options unless given. A head that is learned has no
-                others.
+            ways: number of classes; one more than the greatest label unless given, which it must
+                be under `jit`. A head that is learned has its own, and no others.
             steps: of adaptation; as in the options unless given.
 
         Returns:
             The parameters of a network for these classes.
 
         Raises:
-            ValueError: for pictures of another shape, other ways than a learned head's, or numbers
-                below one.
+            ValueError: for pictures of another shape, labels of another number than they or beyond
+                the ways, or other ways than a learned head's.
+            TypeError: for labels that are no integers; without `ways`, under `jit`.
         """
-        ways = self.chosen.ways if ways is None else ways
+        x, y = self._pictures(support[0]), support[1]
+        ways = self._ways(x, y, ways)
         steps = self.chosen.adaptation_steps if steps is None else steps
-        refusals.check_at_least("ways", ways, 1)
         refusals.check_at_least("steps", steps, 0)
-        options.check_judged_otherwise(self.chosen, {"ways": ways})
-        x, y = support
         head = jax.eval_shape(lambda: initial_params(self.chosen, ways, self.picture))["params"]
         return adapt(
             cross_entropy(predictor(self.chosen)),
             start_of(self.chosen, self.params, head[HEAD], ways),
-            (self._pictures(x), y),
+            (x, jnp.asarray(y)),
             inner_of(self.chosen, self.params, ways),
             steps,
         )[0]
@@ -163,11 +164,34 @@ class Classifier:
 
         Args:
             adapted: what `adapt` returned.
-            x: pictures `[n, height, width, channels]`, which are normalised together, or a
-                `fj.batch_statistics.Beside` of support and query pictures, each of which is then
-                normalised beside the support set alone.
+            x: pictures `[n, height, width, channels]`, which are normalised together whatever the
+                classifier was trained for, or a `fj.batch_statistics.Beside` of support and query
+                pictures, each of which is then normalised beside the support set alone.
         """
         return predictor(self.chosen)(adapted, jax.tree.map(self._pictures, x))
+
+    def _ways(self, x: jax.Array, y: Any, ways: int | None) -> int:
+        """The number of classes, once the labels are known to be of these."""
+        if not jnp.issubdtype(jnp.asarray(y).dtype, jnp.integer):
+            raise TypeError(f"labels must be integers, got {jnp.asarray(y).dtype}")
+        if np.shape(y) != x.shape[:1]:
+            raise ValueError(f"labels must be [{len(x)}], one a picture, got {list(np.shape(y))}")
+        traced = isinstance(y, Tracer)
+        if self.chosen.head == "learned":
+            if ways not in (None, self.chosen.ways):
+                raise ValueError(f"the head is learned for {self.chosen.ways} ways, got {ways}")
+            ways = self.chosen.ways
+        if ways is None:
+            if traced:
+                raise TypeError("labels are traced: pass ways, the number of classes")
+            ways = int(np.max(y)) + 1
+        refusals.check_at_least("ways", ways, 1)
+        if not traced and (np.min(y) < 0 or np.max(y) >= ways):
+            raise ValueError(
+                f"labels must be from 0 to {ways - 1} for {ways} ways, got {np.min(y)} to "
+                f"{np.max(y)}"
+            )
+        return ways
 
     def _pictures(self, x: Any) -> jax.Array:
         x = as_float(jnp.asarray(x))
@@ -195,7 +219,7 @@ def load_classifier(run: str | Path) -> Classifier:
         >>> import jax, numpy as np, fomaml_jax as fj
         >>> classifier = fj.load_classifier("pretrained:omniglot")
         >>> support = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
-        >>> adapted = classifier.adapt((support, np.arange(3)), ways=3)
+        >>> adapted = classifier.adapt((support, np.arange(3)))
         >>> classifier.predict(adapted, support).argmax(-1)
         Array([0, 1, 2], dtype=int32)
     """

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -248,10 +249,21 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
 
 def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:
     kind, program = options.DATA_SETS[name], f"fomaml-jax train {name}"
-    chosen = _parse(kind, program, words)
-    if isinstance(chosen, options.Omniglot):  # what is given goes over what the recipe says
-        chosen = _parse(kind, program, words, default=recipes.omniglot(chosen))
+    if kind is options.Omniglot:
+        chosen = _with_recipe(program, words)
+    else:
+        chosen = _parse(kind, program, words)
     return chosen, chosen.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _with_recipe(program: str, words: list[str]) -> options.Omniglot:
+    """What is given goes over what the recipe says, which depends on the ways and shots given."""
+    _, recipe = _taken(words, "--recipe", "a name")
+    known: dict[str, Any] = {"recipe": recipe} if recipe in recipes.NAMED else {}
+    chosen = options.Omniglot(**known)
+    for _ in range(2):  # the first time for ways and shots
+        chosen = _parse(options.Omniglot, program, words, default=recipes.omniglot(chosen))
+    return chosen
 
 
 def _run_to_resume(name: str | None, words: list[str], folder: Path) -> options.Options:
@@ -315,6 +327,7 @@ def _join(join: dict[str, Any], chosen: options.Options, resumed: Path | None) -
         raise ValueError("--tune measures one process; leave it out with --distributed")
     processes.join(**join)
     try:
+        processes.check_alike(json.dumps(options.identity(chosen)))
         refusals.check_divides(chosen.tasks_per_step, every_device())
     except ValueError as error:  # in every process: an orderly end, for all of them
         _stop(str(error), REFUSED, in_step=True)

@@ -58,7 +58,8 @@ def conv4(
     Args:
         ways: outputs of the linear head.
         width: channels of every block, or of each of the four. Of max-pooling networks the second
-            block is by far the dearest, so that wider ones after it cost little.
+            block is by far the dearest: twice and four times its channels in the two after it take
+            1.4 times the multiplications (28 x 28).
         pooling: `"stride"` halves the size by strided convolutions (Omniglot in the MAML paper),
             `"max"` by 2x2 max-pooling (miniImageNet), with 3.7 times the
             multiplications.

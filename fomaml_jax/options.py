@@ -124,8 +124,8 @@ class ImageOptions(Options):
     """The linear head starts at zero in every task, or is meta-learned with the rest, for as many
     classes as are trained with."""
     learned_rates: bool = False
-    """Learn the rates of adaptation along, one for every tensor and step; those given are the
-    first."""
+    """Learn the rates of adaptation along, one for every tensor and step, at an outer rate of 0.01
+    for their logarithms; those given are the first."""
     inner_clip: float | None = None
     """Largest norm of an inner gradient, all layers together; no bound unless given."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -170,7 +170,7 @@ class Omniglot(ImageOptions):
     """Characters turned by 90 degrees while training: classes of their own, or a turn drawn for
     each class of an episode. Unseen tasks always have the latter."""
     resample: Literal["smooth", "nearest"] = "smooth"
-    """How drawings are made smaller: in grey, or or by picking the nearest pixels, as in the MAML
+    """How drawings are made smaller: in grey, or by picking the nearest pixels, as in the MAML
     authors' code."""
 
 

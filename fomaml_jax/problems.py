@@ -216,7 +216,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     omniglot = isinstance(chosen, options.Omniglot)
     drawn = isinstance(chosen, options.Omniglot) and chosen.turns == "drawn"
     splits = splits._replace(
-        train=_training_classes(splits.train, mirror=chosen.mirror, turn=omniglot and not drawn)
+        train=training_classes(splits.train, mirror=chosen.mirror, turn=omniglot and not drawn)
     )
     train_ways = training_ways(chosen, splits.train)
     params = classifiers.initial_params(chosen, train_ways, splits.train.images.shape[2:])
@@ -309,7 +309,7 @@ def _outer(chosen: options.ImageOptions, steps: int) -> optax.GradientTransforma
     return optax.partition({"network": network, "rates": rates}, labels)
 
 
-def _training_classes(classes: ImageClasses, *, mirror: bool, turn: bool) -> ImageClasses:
+def training_classes(classes: ImageClasses, *, mirror: bool, turn: bool) -> ImageClasses:
     """With mirrored and turned pictures as classes of their own, where wanted."""
     images, counts, names = classes.images, classes.counts, classes.names
     if mirror:

@@ -13,8 +13,8 @@ def omniglot(chosen: options.Omniglot) -> options.Omniglot:
         >>> recipes.omniglot(options.Omniglot(recipe="paper", ways=20)).inner_steps
         5
     """
-    named = {"quick": quick, "paper": paper, "best": best}[chosen.recipe]
-    return dataclasses.replace(named(chosen.ways, chosen.shots), recipe=chosen.recipe)
+    named = NAMED[chosen.recipe](chosen.ways, chosen.shots)
+    return dataclasses.replace(named, recipe=chosen.recipe)
 
 
 def quick(ways: int, shots: int) -> options.Omniglot:
@@ -67,7 +67,7 @@ def best(ways: int, shots: int) -> options.Omniglot:
     a head of zeros the gradient of all other layers is zero, so the one step is of the head alone,
     close to a classifier by class means; what first order learns is the features for it.
     Max-pooling, and more channels in the late blocks, where pictures are small, are worth their
-    time.
+    time. The rates of the other layers stay where they begin.
 
     References:
         Raghu et al., `Rapid Learning or Feature Reuse? <https://arxiv.org/abs/1909.09157>`_, 2020;
@@ -80,7 +80,6 @@ def best(ways: int, shots: int) -> options.Omniglot:
         shots=shots,
         steps=10_000,
         inner_steps=1,
-        eval_steps=3,
         pooling="max",
         widening=True,
         learned_rates=True,
@@ -89,3 +88,6 @@ def best(ways: int, shots: int) -> options.Omniglot:
         eval_tasks=10_000,
         compare=False,
     )
+
+
+NAMED = {"quick": quick, "paper": paper, "best": best}

@@ -94,4 +94,4 @@ def test_the_pages_are_what_the_results_say(monkeypatch):
     ):
         page = path.read_text()
         assert all(f"<!-- {name} -->\n\n|" in page for name in marked)
-        assert page == report.with_tables(page)
+        assert page == report.with_tables(path)

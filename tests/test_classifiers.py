@@ -14,7 +14,7 @@ from problems import assert_close
 from test_problems import CHOSEN, SIZE, WAYS, build, sample
 
 import fomaml_jax as fj
-from fomaml_jax import classifiers, options, problems, runs
+from fomaml_jax import classifiers, options, problems, recipes, runs
 
 KEY = jax.random.key(0)
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -91,11 +91,22 @@ def test_many_tasks_at_once(ready, pictures):
 def test_refusals(ready, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"^pictures must be \[n, 28, 28, 1\], got \[6, 28, 28\]$"):
         ready.adapt((pictures[..., 0], np.arange(6)), ways=6)
-    with pytest.raises(ValueError, match=r"^ways must be an integer of at least 1, got 0$"):
-        ready.adapt((pictures, np.arange(6)), ways=0)
-    learned = dataclasses.replace(CHOSEN, head="learned")
-    with pytest.raises(ValueError, match=r"^--ways: the run's head is learned for 3, got 4$"):
-        fj.Classifier(learned, {}, (28, 28, 1)).adapt((pictures, np.arange(6)), ways=4)
+    learned = fj.Classifier(dataclasses.replace(CHOSEN, head="learned"), {}, (28, 28, 1))
+    refused = {
+        r"ways must be an integer of at least 1, got 0": (ready, np.arange(6), 0),
+        r"labels must be from 0 to 4 for 5 ways, got 0 to 5": (ready, np.arange(6), 5),
+        r"labels must be from 0 to 5 for 6 ways, got -1 to 4": (ready, np.arange(6) - 1, 6),
+        r"labels must be \[6\], one a picture, got \[5\]": (ready, np.arange(5), 6),
+        r"the head is learned for 3 ways, got 4": (learned, np.arange(6), 4),
+        r"labels must be from 0 to 2 for 3 ways, got 0 to 5": (learned, np.arange(6), None),
+    }
+    for message, (classifier, labels, ways) in refused.items():
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            classifier.adapt((pictures, labels), ways=ways)
+    with pytest.raises(TypeError, match=r"^labels must be integers, got float32$"):
+        ready.adapt((pictures, np.ones(6, np.float32)))
+    with pytest.raises(TypeError, match=r"^labels are traced: pass ways, the number of classes$"):
+        jax.eval_shape(lambda y: ready.adapt((pictures, y)), np.arange(6))
     message = "there is no pretrained:zeal; there are pretrained:omniglot"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fj.load_classifier("pretrained:zeal")
@@ -110,7 +121,15 @@ def test_the_network_that_comes_along_is_small_and_says_what_it_is():
     folder = classifiers.READY / "omniglot"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 1e6
     card = (folder / "MODEL.md").read_text()
-    assert all(word in card for word in ("Omniglot", "MIT", "not"))
+    ready = fj.load_classifier("pretrained:omniglot")
+    count = sum(x.size for x in jax.tree.leaves(ready.params))
+    assert f"{count:,} parameters" in card
+    trained = options.identity(dataclasses.replace(ready.chosen, ways=20, shots=1))
+    recipe = options.identity(dataclasses.replace(recipes.best(20, 1), recipe="best"))
+    judged = ("eval_tasks", "eval_steps")
+    for name in judged:
+        del trained[name], recipe[name]
+    assert trained == recipe
 
 
 @pytest.mark.usefixtures("omniglot_folder", "standard_promotion")
