@@ -1,7 +1,7 @@
 """Omniglot by the recipes of `fomaml-jax train omniglot --recipe`, judged on unseen characters.
 
 Each recipe is trained with several seeds; its best network serves all ways and shots, the paper's
-has one for each. How many steps a network adapts by, one to five, is chosen on validation
+has one for each. How many steps a network adapts by, one to three, is chosen on validation
 characters; nothing is chosen on test characters, each of which is turned at random. Transductive:
 the queries of a task are normalised together, as many a class as there are shots, which is what the
 MAML authors' code does, or five; alone: each beside the support set, in fewer tasks. An interval is
@@ -27,7 +27,7 @@ from fomaml_jax import experiment, options, problems, recipes, runs
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
 from fomaml_jax.devices import use_every_core
 
-MOST_STEPS = 5
+MOST_STEPS = 3
 """Of adaptation, to choose from."""
 
 JUDGED = "eval_tasks", "eval_steps"
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="outer steps; the recipe's unless given")
     parser.add_argument("--width", type=int, help="channels; the recipe's unless given")
     parser.add_argument("--eval-tasks", type=int, default=10_000)
+    parser.add_argument("--validation-tasks", type=int, default=300)
     parser.add_argument("--alone-tasks", type=int, default=1000, help="with each query alone")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
@@ -76,7 +77,7 @@ def row(asked: argparse.Namespace, ways: int, shots: int, seed: int) -> dict[str
     problem = problems.build(chosen)
     keys = experiment.Keys.of(seed)
     judge = problems.judge_of(
-        problem, problem.validation, num_steps=MOST_STEPS, num_tasks=min(1000, asked.eval_tasks)
+        problem, problem.validation, num_steps=MOST_STEPS, num_tasks=asked.validation_tasks
     )
     validation = [float(x) for x in judge(params, keys.validation).mean]
     steps = max(range(1, MOST_STEPS + 1), key=lambda k: validation[k])
@@ -119,18 +120,20 @@ def trained(chosen: options.Omniglot, folder: Path) -> tuple[Any, int, float]:
     run = folder / f"{chosen.recipe}{setting}-{chosen.seed}"
     if serves_all:
         chosen = dataclasses.replace(chosen, ways=20, shots=1)
-    chosen = dataclasses.replace(chosen, eval_tasks=min(1000, chosen.eval_tasks))
-    problem, begun = problems.build(chosen), (run / runs.CONFIG).exists()
-    if begun:
+    problem = problems.build(chosen)
+    if (run / runs.CONFIG).exists():
+        saved = options.from_json(runs.read_config(run))
         before, now = (
             {k: v for k, v in options.identity(one).items() if k not in JUDGED}
-            for one in (options.from_json(runs.read_config(run)), chosen)
+            for one in (saved, chosen)
         )
         if before != now:
             raise SystemExit(f"{run} is of another recipe: {before} is not {now}")
-    if (result := runs.finished(run)) is None:
-        result = experiment.train(chosen, problem, run, resume=begun)
-    return runs.load_parameters(run, problem.params), result["tasks_seen"], result["seconds"]
+        assert isinstance(saved, options.Omniglot)
+        chosen = saved
+    keys = experiment.Keys.of(chosen.seed)
+    found = experiment.meta_train(chosen, problem, run, keys, resume=True)
+    return found.state.params, int(found.state.step) * chosen.tasks_per_step, found.seconds
 
 
 def others(path: Path, new: dict[str, Any]) -> list[dict[str, Any]]:

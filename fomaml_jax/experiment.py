@@ -104,7 +104,7 @@ def _train(
     if problem.splits is not None and not (folder / runs.DATA).exists():
         runs.write_json(folder / runs.DATA, described(problem.splits))
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
-    trained = _meta_train(chosen, tuned, folder, keys, resume)
+    trained = meta_train(chosen, tuned, folder, keys, resume)
     params = trained.state.params if chosen.patience is None else trained.best
     runs.save_parameters(folder, params)
     if processes.is_first():
@@ -219,7 +219,7 @@ def last(judged: Evaluation) -> dict[str, float]:
     return {"mean": float(judged.mean[-1]), "ci95": float(judged.ci95[-1])}
 
 
-def _meta_train(
+def meta_train(
     chosen: options.Options, problem: Problem, folder: Path, keys: Keys, resume: bool
 ) -> Trained:
     """First-order meta-training, followed on validation tasks, its parameters saved on the way."""

@@ -29,7 +29,7 @@ SHORT = {
     ],
     "accuracy": [
         *("--seeds", "0", "--settings", "5w1s", "--steps", "4", "--width", "4"),
-        *("--eval-tasks", "4", "--alone-tasks", "2"),
+        *("--eval-tasks", "4", "--alone-tasks", "2", "--validation-tasks", "3"),
     ],
     "time_to_accuracy": ["--data", "glyphs", "--steps", "4", "--width", "4", "--eval-tasks", "2"],
 }
