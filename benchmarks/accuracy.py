@@ -179,6 +179,7 @@ def over_seeds(found: list[dict[str, float]]) -> dict[str, float]:
     return {
         "mean": statistics.mean(means),
         "ci95": 1.96 * math.sqrt(variance),
+        "tasks": sum(of_seed["tasks"] for of_seed in found),
         "least": min(means),
         "most": max(means),
     }
@@ -205,6 +206,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
         name: lambda row, found=found: f"{found.get(row['setting'], math.nan):.1f}"
         for name, found in PUBLISHED.items()
     },
+    "test tasks, alone": lambda row: (
+        f"{row['transductive']['tasks']:,.0f}, {row['alone']['tasks']:,.0f}"
+    ),
     "inner steps": lambda row: ", ".join(map(str, row["inner_steps"])),
     "training tasks": lambda row: f"{row['tasks']:,}",
     "minutes": lambda row: f"{row['minutes']:.0f}",

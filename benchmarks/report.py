@@ -82,7 +82,7 @@ def with_tables(path: Path) -> str:
         rows = json.loads((common.RESULTS / f"{name}-cpu.json").read_text())["rows"]
         if path == MODEL:  # which is one network
             rows = [row for row in rows if (row.get("recipe"), row.get("seed")) == ("best", 0)]
-        page = marked.sub(f"\n{tables(module, rows)}\n\n", page)
+        page = marked.sub(f"\n{tables(module, rows)}\n\n", page, count=1)
     return page
 
 
