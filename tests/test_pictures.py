@@ -114,7 +114,7 @@ def episode_problem(predict=product, images=IMAGES):
         loss_fn=loss,
         metric_fn=loss,
         metric="accuracy",
-        inner=optax.sgd(1.0),
+        inner=lambda shared: optax.sgd(1.0),
         meta_gradient=fj.fomaml(loss, optax.sgd(1.0), 1),
         outer=lambda steps: optax.sgd(0.1),
         train=tasks,

@@ -336,6 +336,13 @@ IMAGES = {
     "width": 8,
     "pooling": "max",
     "compute": "bfloat16",
+    "affine": 0.1,
+    "widening": True,
+    "features": "mean",
+    "head": "learned",
+    "learned_rates": True,
+    "schedule": "constant",
+    "mirror": True,
     "statistics": "one-at-a-time",
     "inner_clip": 2.0,
     "compare": False,
@@ -343,7 +350,14 @@ IMAGES = {
 OTHER_THAN_DEFAULT = {
     "glyphs": options.Glyphs(**SHARED, **IMAGES),
     "omniglot": options.Omniglot(
-        **SHARED, **IMAGES, path=Path("data"), split="background", offline=True
+        **SHARED,
+        **IMAGES,
+        path=Path("data"),
+        split="background",
+        offline=True,
+        recipe="paper",
+        turns="drawn",
+        resample="nearest",
     ),
     "folder": options.Folder(
         **SHARED,
