@@ -519,7 +519,8 @@ def test_evaluating_on_other_pictures_is_said_or_refused(tmp_path):
     other = trained(tmp_path / "other", "folder", *SMALL_FOLDER, *words)
     assert call("evaluate", run.folder, "--against", other.folder).code == 0
     shutil.copytree(data, tmp_path / "more")
-    (picture,) = list((tmp_path / "more" / "class 0").glob("0.png"))
+    tested = json.loads((run.folder / "data.json").read_text())["classes"]["test"][0]
+    (picture,) = (tmp_path / "more" / tested).glob("0.png")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture)
     changed = call("evaluate", run.folder, "--path", tmp_path / "more")
     assert changed.code == 0
