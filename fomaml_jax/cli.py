@@ -136,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # who was reading has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # such as a full disk behind the standard output
+        if sys.stdout is sys.__stdout__:  # what it still holds would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _stop(" ".join(str(error).split()), REFUSED)
     except Exception as error:
         _fail(error)
