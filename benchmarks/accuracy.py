@@ -37,8 +37,8 @@ PUBLISHED = {
     "FOMAML, published": {"5w1s": 98.3, "5w5s": 99.2, "20w1s": 89.4, "20w5s": 97.9},
     "MAML, published": {"5w1s": 98.7, "5w5s": 99.9, "20w1s": 95.8, "20w5s": 98.9},
 }
-"""Transductive, in percent: Nichol et al. 2018, https://arxiv.org/abs/1803.02999, table 2; Finn et
-al. 2017, https://arxiv.org/abs/1703.03400, table 1."""
+"""In percent: Nichol et al. 2018, https://arxiv.org/abs/1803.02999, and Finn et al. 2017,
+https://arxiv.org/abs/1703.03400."""
 
 
 def main() -> None:

@@ -134,13 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _command(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # who was reading has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_the_output()
     except OSError as error:  # such as a full disk behind the standard output
-        if sys.stdout is sys.__stdout__:  # what it still holds would fail again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_the_output()
         _stop(" ".join(str(error).split()), REFUSED)
     except Exception as error:
         _fail(error)
+
+
+def _let_go_of_the_output() -> None:
+    """What it still holds would fail again at the end, and change the exit code."""
+    if sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -27,8 +27,7 @@ def paper(ways: int, shots: int) -> options.Omniglot:
 
     Every layer adapts, the head is meta-learned. What differs: the paper's characters are 1,200
     random ones, not the 1,028 of Vinyals et al.; its code sums the losses of a support set where
-    ours takes their mean, so that its rate of 0.4 is not ours, and with ours five ways learn better
-    at 0.4 than at the 2.0 that would be the same.
+    ours takes their mean, so that its rate of 0.4 would be 2.0 here, for five ways; 0.4 was kept.
 
     References:
         Finn, Abbeel, Levine, `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_,

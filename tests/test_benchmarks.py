@@ -1,5 +1,6 @@
 """The benchmark scripts in their short form, and the page that is written from their results."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,7 +8,10 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from fomaml_jax import options, runs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -60,6 +64,50 @@ def test_short_form(name, tmp_path, request):
     assert tables
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
+
+
+def test_accuracies_over_seeds(monkeypatch):
+    """Against the spread of the mean of two seeds in draws of them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import accuracy
+
+    rng = np.random.default_rng(0)
+    draws = [rng.normal(0.9, 0.1, (2000, 50)), rng.normal(0.8, 0.3, (2000, 200))]
+    found = [
+        {"mean": x[0].mean(), "variance": x.var(1, ddof=1).mean(), "tasks": x.shape[1]}
+        for x in draws
+    ]
+    summary = accuracy.over_seeds(found)
+    means = np.mean([x.mean(1) for x in draws], axis=0)
+    assert summary["ci95"] == pytest.approx(1.96 * means.std(), rel=0.1)
+    assert summary["mean"] == pytest.approx(means[0])
+    assert (summary["least"], summary["most"]) == (draws[1][0].mean(), draws[0][0].mean())
+
+
+def test_accuracies_of_other_options_are_not_mixed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import accuracy
+
+    def row(seed, **config):
+        return {
+            "recipe": "best",
+            "setting": "5w1s",
+            "seed": seed,
+            "config": {"seed": seed} | config,
+        }
+
+    with pytest.raises(ValueError, match="seeds of other options"):
+        accuracy.summarised([row(0, steps=3), row(1, steps=4)])
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"rows": [row(0, steps=3), row(1, steps=3)]}))
+    assert accuracy.others(path, row(1, steps=4)) == [row(0, steps=3)]
+    chosen = options.Omniglot(recipe="best", ways=20, steps=7)
+    run = tmp_path / "best-0"
+    run.mkdir()
+    runs.write_json(run / runs.CONFIG, options.to_json(chosen))
+    monkeypatch.setattr(accuracy.problems, "build", lambda chosen: None)
+    with pytest.raises(SystemExit, match="is of another recipe"):
+        accuracy.trained(dataclasses.replace(chosen, steps=8), tmp_path)
 
 
 def test_help():

@@ -82,6 +82,14 @@ def test_bytes_are_grey_levels_and_queries_may_be_alone(ready, pictures):
         np.testing.assert_allclose(alone[k], predict(adapted, one)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_the_readmes_lines(pictures):
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+    names = {"fj": fj, "images": pictures, "labels": np.arange(6) % 5, "more_images": pictures[:2]}
+    exec(code, names)
+    assert names["logits"].shape == (2, 5)
+
+
 def test_many_tasks_at_once(ready, pictures):
     tasks = jnp.stack([pictures, pictures[::-1]])
     adapted = jax.jit(jax.vmap(lambda x: ready.adapt((x, jnp.arange(6)), ways=6)))(tasks)

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 from command_line import TINY, call
+from problems import assert_close
+from test_problems import build, noise
 
-from fomaml_jax import datasets, options, problems, recipes
+from fomaml_jax import baselines, datasets, options, problems, recipes
 from fomaml_jax.datasets import Splits
 
 PAPER = {  # steps of adaptation, their rate, tasks a step: appendix A.1 of the MAML paper
@@ -54,8 +57,6 @@ def test_what_is_given_goes_over_what_a_recipe_says(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["paper", "best"])
 def test_a_run_of_each_recipe(recipe, tmp_path, monkeypatch, quick_compiles, standard_promotion):
-    from test_problems import noise
-
     splits = Splits(noise(9, seed=0), noise(7, seed=1), noise(8, seed=2))
     monkeypatch.setattr(datasets, "omniglot", lambda *args, **kwargs: splits)
     words = ("--recipe", recipe, "--ways", "3", "--queries", "2", "--train-ways", "3")
@@ -75,6 +76,29 @@ def test_a_run_of_each_recipe(recipe, tmp_path, monkeypatch, quick_compiles, sta
     else:
         assert other.code == 0, other.err
         assert "before adaptation                   25.00 %" in other.out
+
+
+def test_help_shows_what_the_recipe_says():
+    found = call("train", "omniglot", "--recipe", "paper", "--help")
+    assert found.code == 0
+    assert "(default: 60000)" in found.out
+
+
+def test_the_baseline_of_the_papers_recipe_sees_turned_characters_too():
+    chosen = dataclasses.replace(recipes.paper(3, 1), width=4, steps=2)
+    problem, seen = build(chosen), []
+
+    def fit(meta_gradient, tasks, params, optimizer, **kwargs):
+        seen.append(params["params"]["head"]["kernel"].shape[-1])
+        return jax.tree.map(lambda x: x + 1, params)
+
+    shared = baselines._pretrain_on_classes(chosen, problem, fit)
+    assert problem.splits is not None
+    assert seen == [4 * len(problem.splits.train.images)]
+    for name, layer in shared["params"].items():  # its own head made way for the problem's
+        first = problem.params["params"][name]
+        added = 0 if name == "head" else 1
+        assert_close(layer, jax.tree.map(lambda x, n=added: x + n, first), 1e-6)
 
 
 def test_what_has_no_classes_is_not_asked_for_ways():
