@@ -329,7 +329,7 @@ SHARED = {
 }
 IMAGES = {
     "ways": 3,
-    "train_ways": 4,
+    "train_ways": 3,
     "train_shots": 2,
     "head_rate": 0.5,
     "shift": 1,
