@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import optax
@@ -25,6 +26,14 @@ def use_every_core() -> None:
         return
     with contextlib.suppress(RuntimeError):  # JAX has started, and keeps the devices it has
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
+def keep_compiled_programs(folder: Path | None) -> None:
+    """Turns on JAX's persistent compilation cache, for all that takes noticeable time."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def every_device() -> Mesh:

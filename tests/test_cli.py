@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from unittest.mock import Mock
 
 import jax
@@ -620,7 +621,7 @@ def test_a_wrong_checkpoint_is_refused(tmp_path, spoil, message):
 
 
 def test_a_fault_is_a_line_and_a_file(tmp_path, monkeypatch, sinusoid):
-    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(experiment, "evaluate", Mock(side_effect=KeyError("zeal")))
     run = call("evaluate", sinusoid.folder)
     assert (run.code, run.out) == (1, "")

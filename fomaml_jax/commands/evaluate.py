@@ -1,0 +1,86 @@
+"""`fomaml-jax evaluate`: a trained run on unseen tasks again, alone or against another."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from fomaml_jax import classifiers, experiment, options, problems, runs
+from fomaml_jax.commands.endings import INTERRUPTED, plain_warnings, refusing, stop
+from fomaml_jax.commands.tables import table
+from fomaml_jax.commands.words import parse
+from fomaml_jax.devices import keep_compiled_programs
+
+OF_TASKS = "ways", "shots", "queries"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Adapts a trained run to unseen tasks."""
+
+    run: Positional[Path]
+    """The folder that training wrote, or pretrained:omniglot."""
+    against: Path | None = None
+    """Another run, to be compared with on the same tasks, task by task."""
+    ways: int | None = None
+    """Classes of a task; as in the run unless given."""
+    shots: int | None = None
+    """Examples to adapt on (a class); as in the run unless given."""
+    queries: int | None = None
+    """Examples to be judged on (a class); as in the run unless given."""
+    eval_tasks: int | None = None
+    """Unseen tasks; as many as in the run unless given."""
+    eval_steps: int | None = None
+    """Steps of adaptation, reported one by one; the run's unless given."""
+    seed: int | None = None
+    """Seed of the tasks; the run's, and so its very tasks, unless given."""
+    path: Path | None = None
+    """Where the data are now; where they were unless given."""
+    duplicates: Literal["refuse", "keep"] | None = None
+    """The same file in two splits; as in the run unless given."""
+    offline: bool = False
+    """Never download."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs, so that the next evaluation starts sooner."""
+
+
+def main(words: list[str]) -> None:
+    """Evaluates, as the words after `evaluate` say."""
+    asked = parse(Evaluate, "fomaml-jax evaluate", words)
+    with refusing():
+        keep_compiled_programs(asked.compilation_cache)
+        chosen, problem, params = _trained(asked.run, asked)
+        against = None if asked.against is None else _trained(asked.against, asked)
+        differences = {}
+        if against is not None:
+            options.check_same_tasks(chosen, against[0])
+            differences = experiment.difference(chosen, problem, params, *against)
+    try:
+        result = experiment.evaluate(chosen, problem, params) | {"baselines": differences}
+    except KeyboardInterrupt:
+        stop("interrupted", INTERRUPTED)
+    print(table(result))
+
+
+def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Problem, Any]:
+    """A run's options, with the changes that were asked for, its problem and its parameters."""
+    run = classifiers.folder_of(run)
+    chosen = options.from_json(runs.read_config(run))
+    changes = {
+        name: value
+        for name in (*OF_TASKS, "eval_tasks", "eval_steps", "seed", "path", "duplicates")
+        if (value := getattr(asked, name)) is not None
+    }
+    options.check_judged_otherwise(chosen, changes)
+    for name in ("path", "duplicates"):
+        if name in changes and not hasattr(chosen, name):
+            raise ValueError(f"--{name}: {options.name_of(chosen)} has no data to look for")
+    if asked.offline and hasattr(chosen, "offline"):
+        changes["offline"] = True
+    with plain_warnings():
+        problem = problems.build(dataclasses.replace(chosen, **changes))
+        if problem.splits is not None:
+            runs.check_data(run, experiment.described(problem.splits))
+    params = runs.load_parameters(run, problem.params)
+    return dataclasses.replace(chosen, **changes), problem, params
