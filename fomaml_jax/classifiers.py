@@ -27,6 +27,7 @@ from fomaml_jax.heads import (
 )
 from fomaml_jax.learned_rates import WithRates
 from fomaml_jax.tasks import as_float
+from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import Batch, LossFn, Params
 
 Predict = Callable[[Params, Any], jax.Array]
@@ -114,6 +115,17 @@ def inner_of(chosen: options.ImageOptions, shared: Any, ways: int) -> optax.Grad
     return optax.chain(optax.clip_by_global_norm(chosen.inner_clip), descent)
 
 
+def moved_of(chosen: options.ImageOptions, num_steps: int) -> Trainable | None:
+    """Which parameters so many steps of adaptation move, `None` for all.
+
+    One step from a head of zeros moves the head alone: no other layer has a gradient but zero
+    there, so none is taken.
+    """
+    if chosen.head == "learned" or num_steps != 1:
+        return None
+    return lambda path: HEAD in path.split("/")
+
+
 @dataclasses.dataclass(frozen=True)
 class Classifier:
     """A trained few-shot classifier; its methods are pure, and work under `jit` and `vmap`.
@@ -157,6 +169,7 @@ class Classifier:
             (x, jnp.asarray(y)),
             inner_of(self.chosen, self.params, ways),
             steps,
+            trainable=moved_of(self.chosen, steps),
         )[0]
 
     def predict(self, adapted: Params, x: Any) -> jax.Array:

@@ -31,6 +31,7 @@ from fomaml_jax.tasks import (
     rotated_classes,
     sinusoid,
 )
+from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import Batch, LossFn, MetaGradient, Params
 from fomaml_jax.variants import in_every_form, preferring
 
@@ -61,6 +62,7 @@ class Problem:
         test: of tasks never seen.
         statistics: what their query examples are normalised with, where that matters.
         otherwise: the same tasks, by the name of the other statistics.
+        moved: which parameters so many steps of adaptation move, `None` for all.
         tasks_at_once: as in `over_tasks`.
         splits: the pictures behind the tasks, or `None`.
     """
@@ -79,6 +81,7 @@ class Problem:
     test: TaskDistribution
     statistics: str | None = None
     otherwise: Mapping[str, TaskDistribution] = dataclasses.field(default_factory=dict)
+    moved: Callable[[int], Trainable | None] = lambda num_steps: None
     tasks_at_once: TasksAtOnce = "auto"
     splits: Splits | None = None
 
@@ -113,6 +116,7 @@ def adapt_path(problem: Problem, num_steps: int) -> Callable[[Params, Batch], Pa
             problem.inner(params),
             num_steps,
             has_aux=True,
+            trainable=problem.moved(num_steps),
         )
         return jax.tree.map(lambda path, end: jnp.concatenate([path, end[None]]), info.aux, last)
 
@@ -267,6 +271,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         test=test.pop(statistics),
         statistics=statistics,
         otherwise=test,
+        moved=functools.partial(classifiers.moved_of, chosen),
         splits=splits,
     )
 
@@ -295,9 +300,14 @@ def _algorithm(chosen: options.ImageOptions, ways: int) -> MetaGradient:
     def inner(rates: Any) -> optax.GradientTransformation:
         return classifiers.inner_of(chosen, rates, ways)
 
+    steps, moved = chosen.inner_steps, classifiers.moved_of(chosen, chosen.inner_steps)
     if not chosen.learned_rates:
-        return fomaml(loss_fn, inner(None), chosen.inner_steps)
-    return learned_rates(loss_fn, lambda rates: inner(WithRates(None, rates)), chosen.inner_steps)
+        return fomaml(loss_fn, inner(None), steps, trainable=moved)
+
+    def at_rates(rates: Any) -> optax.GradientTransformation:
+        return inner(WithRates(None, rates))
+
+    return learned_rates(loss_fn, at_rates, steps, trainable=moved)
 
 
 def _outer(chosen: options.ImageOptions, steps: int) -> optax.GradientTransformation:
