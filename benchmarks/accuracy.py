@@ -117,7 +117,8 @@ def trained(chosen: options.Omniglot, folder: Path) -> tuple[Any, int, float]:
     """The parameters of a recipe, the tasks they have seen, and the seconds they took."""
     serves_all = chosen.recipe != "paper"
     setting = "" if serves_all else f"-{chosen.ways}w{chosen.shots}s"
-    run = folder / f"{chosen.recipe}{setting}-{chosen.seed}"
+    split = "" if chosen.split == "vinyals" else f"-{chosen.split}"
+    run = folder / f"{chosen.recipe}{setting}{split}-{chosen.seed}"
     if serves_all:
         chosen = dataclasses.replace(chosen, ways=20, shots=1)
     problem = problems.build(chosen)

@@ -1,7 +1,7 @@
 """Task distributions on the device: pure functions from a key to a task."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,7 @@ def episodes(
     shots: int,
     queries: int,
     counts: jax.Array | np.ndarray | None = None,
+    groups: Sequence[int] | np.ndarray | None = None,
     rotations: bool = False,
     augment: Augmentation | None = None,
 ) -> TaskDistribution:
@@ -117,6 +118,9 @@ def episodes(
         queries: query examples a class.
         counts: `[classes]` integers: only the first `counts[c]` examples of class `c` are real,
             the rest is padding. `None`: all are.
+        groups: `[classes]` integers: the classes of an episode then all come from one group, each
+            of those with enough classes being as likely. Letters of one alphabet are harder to
+            tell apart than letters of many.
         rotations: turns every class of an episode by its own random multiple of 90 degrees, the
             same for its support and query. Needs square pictures.
         augment: `(key, example) -> example`, applied to every example, such as `random_shift(2)`.
@@ -125,9 +129,9 @@ def episodes(
         `key -> Task`; a batch is `(x [ways * n, ...], y [ways * n] int32)`, labels `0..ways - 1`.
 
     Raises:
-        ValueError: for more ways than classes, more shots and queries than a class has examples,
-            counts below 1, pixels that are not finite, or rotations of what is not a square
-            picture.
+        ValueError: for more ways than classes, or than any group has, more shots and queries than
+            a class has examples, counts below 1, pixels that are not finite, or rotations of what
+            is not a square picture.
         TypeError: for what is not one array of numbers.
 
     Example:
@@ -142,13 +146,14 @@ def episodes(
         Vinyals et al., `Matching Networks <https://arxiv.org/abs/1606.04080>`_, 2016.
     """
     _check_episodes(images, ways, shots, queries, counts, rotations)
+    draw_classes = _class_draw(images.shape[0], ways, groups)
     images = jnp.asarray(images)
     everything = jnp.full(images.shape[:1], images.shape[1])
     counts = jnp.asarray(everything if counts is None else counts, jnp.int32)
 
     def sample_task(key: jax.Array) -> Task:
         class_key, example_key, turn_key, support_key, query_key = jax.random.split(key, 5)
-        classes = _draw(class_key, images.shape[0], ways)
+        classes = draw_classes(class_key)
         draw = functools.partial(_draw, count=shots + queries)
         examples = jax.vmap(draw)(jax.random.split(example_key, ways), counts[classes])
         turns = jax.random.randint(turn_key, (ways,), 0, 4) if rotations else None
@@ -273,6 +278,28 @@ def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:
 
     chosen = jax.lax.fori_loop(0, count, add, jnp.full((count,), -1, jnp.int32))
     return chosen[_shuffle(order_key, count)]
+
+
+def _class_draw(
+    num_classes: int, ways: int, groups: Sequence[int] | np.ndarray | None
+) -> Callable[[jax.Array], jax.Array]:
+    """`key -> [ways]` different classes, of one group where there are groups."""
+    if groups is None:
+        return lambda key: _draw(key, num_classes, ways)
+    if np.shape(groups) != (num_classes,):
+        raise ValueError(f"groups must be [{num_classes}], got shape {np.shape(groups)}")
+    _, starts, sizes = np.unique(np.sort(groups), return_index=True, return_counts=True)
+    enough = sizes >= ways
+    if not enough.any():
+        raise ValueError(f"ways={ways} is more than the {sizes.max()} classes of the largest group")
+    by_group, starts, sizes = map(jnp.asarray, (np.argsort(groups), starts[enough], sizes[enough]))
+
+    def draw(key: jax.Array) -> jax.Array:
+        group_key, class_key = jax.random.split(key)
+        group = jax.random.randint(group_key, (), 0, len(sizes))
+        return by_group[starts[group] + _draw(class_key, sizes[group], ways)]
+
+    return draw
 
 
 def _shuffle(key: jax.Array, count: int) -> jax.Array:

@@ -76,6 +76,18 @@ def test_padding_is_never_drawn():
         assert (numbers % EXAMPLES < counts[numbers // EXAMPLES]).all()
 
 
+def test_the_classes_of_an_episode_come_from_one_group_each_as_often():
+    groups = np.array([4, 0, 4, 9, 0, 9, 9])  # of two, two and three classes
+    together = {0: {1, 4}, 4: {0, 2}, 9: {3, 5, 6}}
+    x, _ = draw(groups=groups, ways=2).support
+    drawn = [set(classes) for classes in x.reshape(len(x), -1).astype(int) // EXAMPLES]
+    of_groups = [sum(classes <= group for classes in drawn) for group in together.values()]
+    assert sum(of_groups) == len(drawn)
+    expected = len(drawn) / 3
+    assert all(abs(n - expected) < 4 * np.sqrt(expected) for n in of_groups), of_groups
+    assert set().union(*drawn) == set(range(CLASSES))
+
+
 def test_rotations_are_per_class_and_all_four_occur():
     corner = np.zeros((CLASSES, EXAMPLES, 2, 2, 1), np.uint8)
     corner[:, :, 0, 0] = 255
@@ -189,6 +201,11 @@ IMAGES = np.zeros((5, 4, 2, 3, 1))
         ({"counts": np.array([4, 4])}, r"counts must be \[5\], got shape \(2,\)"),
         ({"counts": np.array([4, 4, 4, 4, 9])}, "counts says 9 examples, but images has 4 a class"),
         ({"rotations": True}, "rotations need square pictures"),
+        ({"groups": [0, 1]}, r"groups must be \[5\], got shape \(2,\)"),
+        (
+            {"groups": [0, 1, 2, 1, 0], "ways": 3},
+            "ways=3 is more than the 2 classes of the largest group",
+        ),
     ],
 )
 def test_impossible_episodes_are_refused(options, message):
