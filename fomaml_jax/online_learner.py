@@ -193,7 +193,7 @@ def remember(memory: Memory, task: Any) -> Memory:
 def draw(memory: Memory, key: jax.Array, num_tasks: int) -> Any:
     """A meta-batch of remembered tasks, uniform and with replacement."""
     capacity = jax.tree.leaves(memory.tasks)[0].shape[0]
-    ages = jax.random.randint(key, (num_tasks,), 1, memory.remembered + 1)
+    ages = jax.random.randint(key, (num_tasks,), 1, memory.remembered + 1, jnp.int32)
     return jax.tree.map(lambda x: x[(memory.arrivals - ages) % capacity], memory.tasks)
 
 

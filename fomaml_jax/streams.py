@@ -100,7 +100,7 @@ def drift_and_jumps(
 
     def context_at(key: jax.Array, index: int | jax.Array) -> Context:
         jump_key, place_key = jax.random.split(key)
-        jumps, age = _since_jump(jump_key, jnp.asarray(index), jump_every)
+        jumps, age = _since_jump(jump_key, jnp.asarray(index, jnp.int32), jump_every)
         keys = jax.random.split(jax.random.fold_in(place_key, jumps), len(ends))
         places = [_bounced(k, age, drift, *leaf) for k, leaf in zip(keys, ends, strict=True)]
         return jax.tree.unflatten(structure, places)
@@ -182,11 +182,12 @@ def _since_jump(key: jax.Array, index: jax.Array, jump_every: int | None) -> tup
     block = index // jump_every
 
     def jump_in(block):
-        offset = jax.random.randint(jax.random.fold_in(key, block), (), 0, jump_every)
+        offset = jax.random.randint(jax.random.fold_in(key, block), (), 0, jump_every, jnp.int32)
         return jnp.where(block < 0, 0, block * jump_every + offset)
 
     jumped = index >= jump_in(block)
-    return block + jumped, index - jnp.where(jumped, jump_in(block), jump_in(block - 1))
+    last = jnp.where(jumped, jump_in(block), jump_in(block - 1))
+    return jnp.where(jumped, block + 1, block), index - last
 
 
 def _bounced(key: jax.Array, age: jax.Array, drift: float, low: Any, high: Any) -> jax.Array:
