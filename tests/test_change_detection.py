@@ -52,7 +52,7 @@ def test_is_hawkins_chart():
         np.testing.assert_array_equal(change.jump[i], jump)
         np.testing.assert_allclose(change.statistic[i], statistic, atol=0.05)
         np.testing.assert_array_equal(change.since[i], since)
-        assert jump[50:].any()
+    assert change.jump[:, 50:].any(1).sum() >= 3
 
 
 def test_scores_are_standard_normal_and_independent_whatever_level_and_scale():
@@ -91,7 +91,7 @@ def test_false_alarms_are_as_rare_as_asked_for(asked, shift):
 
 
 def test_false_alarms_of_squared_errors_are_rarer():
-    losses = jax.random.chisquare(KEY, 5, shape=(300, 2000))
+    losses = jnp.asarray(np.random.default_rng(0).chisquare(5, (300, 2000)), jnp.float32)
     assert time_between_alarms(losses, false_alarm_every=200) > 200
 
 
