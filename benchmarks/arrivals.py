@@ -40,7 +40,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "of the processor, ms": lambda row: f"{1e3 * row['processor']:.2f}",
     "state, bytes": lambda row: f"{row['state_bytes']:,}",
     "process, MiB": lambda row: f"{row['process_bytes'] / 2**20:.1f}",
-    "programs": lambda row: str(row["programs"]),
 }
 
 
@@ -67,7 +66,6 @@ def measure(arrivals: int, parts: int, capacity: int) -> list[dict[str, Any]]:
                 "processor": statistics.median(processor),
                 "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state)),
                 "process_bytes": process_bytes(),
-                "programs": step._cache_size(),
             }
         )
     return rows

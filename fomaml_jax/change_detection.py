@@ -41,14 +41,14 @@ class CusumState(NamedTuple):
     """What `cusum` knows of the logarithms of the losses since the last alarm.
 
     Attributes:
-        count: `[]` int32, how many there are, at most the window.
+        number: `[]` int32, how many there are, at most the window.
         mean: `[]`, their mean.
         variance: `[]`, their variance about it.
         statistic: `[]`, the cumulative sum.
         since: `[]` int32, arrivals since the sum was last zero.
     """
 
-    count: jax.Array
+    number: jax.Array
     mean: jax.Array
     variance: jax.Array
     statistic: jax.Array
@@ -121,8 +121,8 @@ def cusum(
         total = jnp.maximum(state.statistic + _score(state, log_loss) - allowance, 0)
         since = jnp.where(total > 0, state.since + 1, 0)
         jump = total > threshold
-        count, mean, variance = _with(log_loss, state, window)
-        after = CusumState(count, mean, variance, total, since)
+        number, mean, variance = _with(log_loss, state, window)
+        after = CusumState(number, mean, variance, total, since)
         after = jax.tree.map(lambda fresh, on: jnp.where(jump, fresh, on), init(), after)
         seen = jnp.isfinite(loss)
         after = jax.tree.map(lambda on, before: jnp.where(seen, on, before), after, state)
@@ -133,10 +133,10 @@ def cusum(
 
 def _score(state: CusumState, log_loss: jax.Array) -> jax.Array:
     """A log-loss as a standard normal number, zero while there is nothing to compare it with."""
-    n = jnp.maximum(state.count, 2).astype(log_loss.dtype)
+    n = jnp.maximum(state.number, 2).astype(log_loss.dtype)
     freedom = n - 1
     spread = jnp.sqrt(state.variance * (n + 1) / freedom)  # the variance has n below, not n - 1
-    known = (state.count >= 2) & (spread > 0)
+    known = (state.number >= 2) & (spread > 0)
     t = (log_loss - state.mean) / jnp.where(known, spread, 1)
     normal = jnp.sqrt(freedom * jnp.log1p(t**2 / freedom))
     score = jnp.sign(t) * (8 * freedom + 1) / (8 * freedom + 3) * normal
@@ -144,11 +144,11 @@ def _score(state: CusumState, log_loss: jax.Array) -> jax.Array:
 
 
 def _with(log_loss: jax.Array, state: CusumState, window: int) -> tuple[jax.Array, ...]:
-    """The count, mean and variance with one more."""
-    count = jnp.minimum(state.count + 1, window)
-    share = 1 / count.astype(log_loss.dtype)
+    """The number, mean and variance with one more."""
+    number = jnp.minimum(state.number + 1, window)
+    share = 1 / number.astype(log_loss.dtype)
     off = log_loss - state.mean
-    return count, state.mean + share * off, (1 - share) * (state.variance + share * off**2)
+    return number, state.mean + share * off, (1 - share) * (state.variance + share * off**2)
 
 
 def _threshold(false_alarm_every: float, allowance: float) -> float:

@@ -51,7 +51,7 @@ def test_the_stream_example(tmp_path):
     for name in ("online FOMAML", "static meta-learned start"):
         ways[name] = way = example["compared"](start, name, [0], [1], 40, 10)
         assert way["tuning"][str(way["rate"])] == min(way["tuning"].values())
-        assert way["cumulative"][0][-1] == pytest.approx(40 * way["mean_loss"][0], abs=0.01)
+        assert way["cumulative"][0][-1] == pytest.approx(40 * way["mean_loss"][0], abs=0.06)
     first, second = (way["cumulative"][0] for way in ways.values())
     assert first[-1] - first[0] < second[-1] - second[0]
     example["draw"]({"ways": ways, "jumps": [example["jumps_of"](0, 40)]}, tmp_path / "stream.png")
