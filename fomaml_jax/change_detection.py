@@ -72,10 +72,9 @@ def cusum(
 
     An alarm's arrivals `since` the sum was last zero are the maximum-likelihood estimate of those
     after the change. A `window` makes the comparison forget, so that it follows losses that sink
-    while something is learned; the rate of false alarms is then not exact. In 1,000 simulated
-    series of normal log-losses the alarms were 1.0 to 1.2 times as far apart as asked for, with
-    `window=100` and 100 or 1,000 asked for; log-losses of squared errors, which are skewed
-    to the left, give fewer (`tests/test_change_detection.py` simulates both).
+    while something is learned; the rate of false alarms is then not exact. The tests simulate it: of
+    normal log-losses, false alarms come 0.9 to 1.3 times as far apart as asked for; of squared
+    errors, whose logarithms are skewed to the left, farther.
 
     Args:
         false_alarm_every: arrivals from one false alarm to the next, on average, while nothing

@@ -200,7 +200,8 @@ def draw(memory: Memory, key: jax.Array, num_tasks: int) -> Any:
 def _judged(meta_gradient: MetaGradient, params: Params, task: Any) -> TaskInfo:
     """What the algorithm sees of one task: under `jax.jit` its gradient is not computed."""
     _, info = meta_gradient(params, jax.tree.map(lambda x: x[None], task))
-    if info.query_loss.ndim == 1 and not info.support_losses.shape[1]:
+    refusals.check_over_tasks(info)
+    if not info.support_losses.shape[1]:
         raise ValueError(
             "meta_gradient has no inner steps, so no support loss; pass num_steps >= 1"
         )

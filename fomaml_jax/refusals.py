@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
-from fomaml_jax.types import Batch, LossFn, Objective, Params
+from fomaml_jax.types import Batch, LossFn, Objective, Params, TaskInfo
 
 
 def check_params(params: Params) -> None:
@@ -221,6 +221,15 @@ def check_like_params(name: str, out: Any, params: Params) -> None:
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes that it was given; got "
             f"{jax.tree.map(jax.typeof, out)} for {jax.tree.map(jax.typeof, params)}"
+        )
+
+
+def check_over_tasks(info: TaskInfo) -> None:
+    """Refuses what a meta-gradient for one task has seen of a meta-batch."""
+    if info.query_loss.ndim != 1:
+        raise ValueError(
+            "meta_gradient is one for a single task (its query_loss has shape "
+            f"{info.query_loss.shape}, not [tasks]); wrap it: over_tasks(meta_gradient)"
         )
 
 

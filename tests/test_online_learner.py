@@ -225,7 +225,7 @@ SHORT = jax.tree.map(lambda x: x[:, :3], TASKS)
         ),
         (lambda: after_one(small_learner(), (1.0, 2.0)), TypeError, r"task\[0\] is a float"),
         (
-            lambda: after_one(fj.online(fj.fomaml(network, optax.sgd(0.1), 1), optax.sgd(0.1))),
+            lambda: alone(fj.online(fj.fomaml(quadratic, optax.sgd(0.1), 1), optax.sgd(0.1))),
             ValueError,
             r"wrap it: over_tasks\(meta_gradient\)",
         ),
@@ -241,6 +241,12 @@ SHORT = jax.tree.map(lambda x: x[:, :3], TASKS)
 def test_what_cannot_be_learned_from_is_refused(use, error, message):
     with pytest.raises(error, match=message):
         use()
+
+
+def alone(learner):
+    params, task = quadratic_problem()
+    wide = jax.tree.map(lambda x: x[None], params)  # such that a batch of one task fits too
+    return learner.step(learner.init(wide, task, KEY), task)
 
 
 def after_one(learner, task=None):
