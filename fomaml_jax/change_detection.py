@@ -72,9 +72,9 @@ def cusum(
 
     An alarm's arrivals `since` the sum was last zero are the maximum-likelihood estimate of those
     after the change. A `window` makes the comparison forget, so that it follows losses that sink
-    while something is learned; the rate of false alarms is then not exact. The tests simulate it: of
-    normal log-losses, false alarms come 0.9 to 1.3 times as far apart as asked for; of squared
-    errors, whose logarithms are skewed to the left, farther.
+    while something is learned; the rate of false alarms is then not exact. The tests simulate it:
+    with normal log-losses, false alarms come 0.9 to 1.3 times as far apart as asked for; with
+    squared errors, whose logarithms are skewed to the left, farther.
 
     Args:
         false_alarm_every: arrivals from one false alarm to the next, on average, while nothing
