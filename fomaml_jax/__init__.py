@@ -2,6 +2,7 @@
 
 from fomaml_jax import batch_statistics, datasets, models, rates, schedules, tasks, uneven
 from fomaml_jax.adaptation import adapt
+from fomaml_jax.change_detection import Change, ChangeDetector, cusum
 from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
@@ -15,6 +16,7 @@ from fomaml_jax.learner import (
     with_state,
 )
 from fomaml_jax.meta_gradients import fomaml, maml, reptile
+from fomaml_jax.online_learner import Arrival, OnlineLearner, OnlineState, online
 from fomaml_jax.order import Diagnosis, Order, check_order, diagnose
 from fomaml_jax.parallel import over_tasks
 from fomaml_jax.precision import compute_in
@@ -37,7 +39,10 @@ from fomaml_jax.types import (
 
 __all__ = [
     "AdaptInfo",
+    "Arrival",
     "Batch",
+    "Change",
+    "ChangeDetector",
     "Classifier",
     "Diagnosis",
     "DivergedError",
@@ -47,6 +52,8 @@ __all__ = [
     "MetaGradient",
     "MetaLearner",
     "MetaState",
+    "OnlineLearner",
+    "OnlineState",
     "Order",
     "Params",
     "PerStep",
@@ -61,6 +68,7 @@ __all__ = [
     "batch_statistics",
     "check_order",
     "compute_in",
+    "cusum",
     "datasets",
     "diagnose",
     "evaluate",
@@ -72,6 +80,7 @@ __all__ = [
     "meta_learner",
     "meta_sgd",
     "models",
+    "online",
     "over_tasks",
     "paired_difference",
     "prototype_head",

@@ -117,11 +117,7 @@ def meta_learner(
             grads, info, totals = meta_gradient.seeing(state.params, tasks, Totals.of)
         else:
             grads, info = meta_gradient(state.params, tasks)
-        if info.query_loss.ndim != 1:
-            raise ValueError(
-                "meta_gradient is one for a single task (its query_loss has shape "
-                f"{info.query_loss.shape}, not [tasks]); wrap it: over_tasks(meta_gradient)"
-            )
+        refusals.check_over_tasks(info)
         seen = StepInfo.of(info, optax.tree.norm(grads), totals)
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state.opt_state, state.params, value=seen.loss, grad=grads

@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
-from fomaml_jax.types import Batch, LossFn, Objective, Params
+from fomaml_jax.types import Batch, LossFn, Objective, Params, TaskInfo
 
 
 def check_params(params: Params) -> None:
@@ -224,6 +224,42 @@ def check_like_params(name: str, out: Any, params: Params) -> None:
         )
 
 
+def check_over_tasks(info: TaskInfo) -> None:
+    """Refuses what a meta-gradient for one task has seen of a meta-batch."""
+    if info.query_loss.ndim != 1:
+        raise ValueError(
+            "meta_gradient is one for a single task (its query_loss has shape "
+            f"{info.query_loss.shape}, not [tasks]); wrap it: over_tasks(meta_gradient)"
+        )
+
+
+def check_arrays(name: str, tree: Any) -> None:
+    """Refuses a tree that holds anything but arrays, or nothing."""
+    leaves = jax.tree.leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"{name} holds no arrays; pass a pytree with at least one")
+    for path, leaf in leaves:
+        if not _is_array(leaf):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an array"
+            )
+
+
+def check_same_task(task: Any, first: Any) -> None:
+    """Refuses a task of other structure, shapes or dtypes than the learner was made for."""
+    check_arrays("task", task)
+
+    def described(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    if described(task) != described(first):
+        raise ValueError(
+            "task must have the structure, shapes and dtypes of the one that init was given; got "
+            f"{jax.tree.map(jax.typeof, task)}, not {jax.tree.map(jax.typeof, first)} (for tasks "
+            "of uneven size see fj.uneven)"
+        )
+
+
 def check_same_kind(support: Any, query: Any) -> None:
     """Refuses support and query inputs that cannot stand in one batch."""
 
@@ -286,6 +322,19 @@ def check_at_least(name: str, value: Any, least: int) -> None:
     """Refuses what is not an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_function(name: str, value: Any, form: str) -> None:
+    """Refuses what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function {form}, got {value!r} ({type(value).__name__})")
+
+
+def check_range(name: str, value: tuple[float, float]) -> None:
+    """Refuses what is not `(low, high)` with `low < high`, both finite."""
+    low, high = value
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise ValueError(f"{name} must be a range (low, high) with low < high, got {low, high}")
 
 
 def update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> jex_core.ClosedJaxpr:

@@ -9,7 +9,24 @@ import numpy as np
 from jax.core import Tracer
 
 from fomaml_jax import refusals
+from fomaml_jax.streams import Waves, drift_and_jumps, drifting, sine_waves
 from fomaml_jax.types import Task
+
+__all__ = [
+    "Augmentation",
+    "TaskDistribution",
+    "Waves",
+    "as_float",
+    "drift_and_jumps",
+    "drifting",
+    "episodes",
+    "random_affine",
+    "random_shift",
+    "rotated_classes",
+    "sine_waves",
+    "sinusoid",
+    "task_keys",
+]
 
 TaskDistribution = Callable[[jax.Array], Task]
 """`key -> Task`, pure; `jax.vmap` of it makes a meta-batch."""
@@ -77,9 +94,8 @@ def sinusoid(
     """
     refusals.check_at_least("shots", shots, 1)
     refusals.check_at_least("queries", queries, 1)
-    for name, (low, high) in {"amplitude": amplitude, "phase": phase, "x_range": x_range}.items():
-        if not (np.isfinite([low, high]).all() and low < high):
-            raise ValueError(f"{name} must be a range (low, high) with low < high, got {low, high}")
+    for name, ends in {"amplitude": amplitude, "phase": phase, "x_range": x_range}.items():
+        refusals.check_range(name, ends)
 
     def sample_task(key: jax.Array) -> Task:
         a_key, b_key, x_key = jax.random.split(key, 3)

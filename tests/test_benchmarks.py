@@ -23,6 +23,7 @@ SHORT = {
     "memory": ["--steps", "1", "--tasks", "16"],  # one setting, that of both series
     "scaling": ["--problems", "conv4", "--repeats", "1", "--most-tasks", "8"],
     "kills": ["--data", "glyphs", "--kills", "3", "--steps", "120", "--width", "4"],
+    "arrivals": ["--arrivals", "40", "--parts", "2", "--capacity", "10"],
     "algorithm_costs": [
         *("--settings", "5w1s", "--tasks", "2", "--repeats", "1"),
         *("--algorithms", "Reptile", "MAML, second order"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import fomaml_jax as fj
@@ -40,6 +41,21 @@ def test_the_sinusoid_example():
     assert losses[-40:].mean() < losses[:40].mean()
     errors = [example["error_after"](params, k, num_tasks=100).mean for k in (0, 5)]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.usefixtures("standard_promotion", "quick_compiles")
+def test_the_stream_example(tmp_path):
+    example = runpy.run_path(str(ROOT / "examples" / "stream.py"))
+    start = example["meta_trained"](jax.random.key(7), steps=30)
+    ways = {}
+    for name in ("online FOMAML", "static meta-learned start"):
+        ways[name] = way = example["compared"](start, name, [0], [1], 40, 10)
+        assert way["tuning"][str(way["rate"])] == min(way["tuning"].values())
+        assert way["cumulative"][0][-1] == pytest.approx(40 * way["mean_loss"][0], abs=0.06)
+    first, second = (way["cumulative"][0] for way in ways.values())
+    assert first[-1] - first[0] < second[-1] - second[0]
+    example["draw"]({"ways": ways, "jumps": [example["jumps_of"](0, 40)]}, tmp_path / "stream.png")
+    assert (tmp_path / "stream.png").stat().st_size > 10_000
 
 
 def test_the_omniglot_example(omniglot_folder):
