@@ -183,7 +183,7 @@ def label_noise(share: Strength) -> Shift:
         rank = jnp.argsort(jnp.argsort(jax.random.bits(which_key, y.shape)))
         ways = y.max() + 1
         other = (y + jax.random.randint(label_key, y.shape, 1, ways, y.dtype)) % ways
-        wrong = rank < jnp.round(jnp.asarray(share, jnp.float32) * len(y))
+        wrong = rank < jnp.round(jnp.asarray(share, jnp.float32) * len(y)).astype(rank.dtype)
         return task._replace(support=(x, jnp.where(wrong, other, y)))
 
     return relabel
