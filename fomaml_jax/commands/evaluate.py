@@ -38,7 +38,7 @@ class Evaluate:
     statistics: Literal["transductive", "one-at-a-time"] | None = None
     """What a query picture is normalised with; as in the run unless given."""
     eval_tasks: int | None = None
-    """Unseen tasks; as many as in the run unless given, with --shift 300 a condition."""
+    """Unseen tasks; as many as in the run unless given, with --shift 200 a condition."""
     eval_steps: int | None = None
     """Steps of adaptation, reported one by one; the run's unless given."""
     seed: int | None = None

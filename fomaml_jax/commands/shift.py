@@ -10,7 +10,7 @@ from fomaml_jax.commands.endings import INTERRUPTED, refusing, say, stop
 from fomaml_jax.commands.tables import STATISTICS
 from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS
 
-TASKS = 300
+TASKS = 200
 """Tasks of a condition: intervals of about a point, in a few minutes on two cores."""
 
 JSON, PICTURE = "shift.json", "shift.png"
