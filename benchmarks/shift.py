@@ -12,6 +12,7 @@ the three printed scripts its training has handwritten Greek and a Georgian one.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from fomaml_jax.devices import use_every_core
 from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS
 
 NETWORK = "pretrained:omniglot"
-PICTURE = common.RESULTS / "shift-cpu.png"
 
 
 def main() -> None:
@@ -36,34 +36,43 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
     use_every_core()
-    rows = measured(asked)
-    print(common.table(COLUMNS, rows))
-    print(*shift_pictures.conclusions(rows), sep="\n")
-    common.write("shift", rows, asked.out)
-    picture = asked.out.with_suffix(".png") if asked.out else PICTURE
-    pictures.save(shift_pictures.draw(rows), picture)
-
-
-def measured(asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of the report."""
+    out = asked.out or common.RESULTS / "shift-cpu.json"
     classifier = fj.load_classifier(NETWORK)
     suite = shift_suite.suite(classifier.chosen, fj.datasets.omniglot(download=False))
-    rows = robustness.measure(
-        classifier,
-        suite.pools,
-        [one for one in suite.conditions if one.shift in (asked.shifts or [one.shift])],
-        experiment.Keys.of(asked.seed).test,
-        queries=classifier.chosen.queries,
-        num_tasks=asked.eval_tasks,
-        say=lambda text: print(text, flush=True),
-    )
+    names = list(dict.fromkeys(one.shift for one in suite.conditions))
     about = {
         "network": NETWORK,
         "statistics": classifier.chosen.statistics,
         "inner_steps": classifier.chosen.adaptation_steps,
         "seed": asked.seed,
     }
-    return [about | row for row in rows]
+    measuring = robustness.measure(
+        classifier,
+        suite.pools,
+        [one for one in suite.conditions if one.shift in (asked.shifts or names)],
+        experiment.Keys.of(asked.seed).test,
+        queries=classifier.chosen.queries,
+        num_tasks=asked.eval_tasks,
+        say=lambda text: print(text, flush=True),
+    )
+    rows: list[dict[str, Any]] = []
+    for row in measuring:
+        rows = in_order(names, [*others(out, row), about | row])
+        common.write("shift", rows, out)
+    print(common.table(COLUMNS, rows))
+    print(*shift_pictures.conclusions(rows), sep="\n")
+    pictures.save(shift_pictures.draw(rows), out.with_suffix(".png"))
+
+
+def others(path: Path, new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that were written before, but for the one that is made again."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if (row["shift"], row["label"]) != (new["shift"], new["label"])]
+
+
+def in_order(names: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Shift by shift, whichever was measured first."""
+    return sorted(rows, key=lambda row: names.index(row["shift"]))
 
 
 def percent(*path: str, sign: str = "") -> Callable[[dict[str, Any]], str]:
@@ -97,7 +106,7 @@ SHORT = ("shift", "adapted", "class means, features", "class means, pixels", "ah
 def page(rows: list[dict[str, Any]]) -> list[str]:
     """Every condition, what follows, and the picture."""
     said = "\n".join(shift_pictures.conclusions(rows))
-    drawn = f"![Accuracy under every shift](results/{PICTURE.name})"
+    drawn = f"![Accuracy under every shift](results/shift-cpu.png)"
     return [common.table(COLUMNS, rows), said, drawn]
 
 

@@ -1,7 +1,7 @@
 """A classifier on tasks unlike those it was trained on, and what adaptation adds there."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -126,7 +126,7 @@ def measure(
     queries: int,
     num_tasks: int,
     say: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Judges a classifier under each condition, beside the baselines that do not adapt.
 
     Task `i` has the same key under every condition: where the setting is the same, so are the
@@ -141,8 +141,8 @@ def measure(
         num_tasks: tasks of a condition.
         say: is told how far it is.
 
-    Returns:
-        One plain row a condition: accuracies with their intervals by `ADAPTED`, `FEATURES` and
+    Yields:
+        One plain row a condition, as it is measured: accuracies with their intervals by `ADAPTED`, `FEATURES` and
         `PIXELS`, and their differences, task by task: `ahead` of features and of pixels, and
         `lost` since the first condition of the shift, where that has the same pictures.
     """
@@ -151,7 +151,6 @@ def measure(
     programs: dict[Setting, Any] = {}
     found: dict[Any, dict[str, Evaluation]] = {}
     first: dict[str, Condition] = {}
-    rows = []
     for i, condition in enumerate(conditions):
         setting = condition.setting
         if setting not in programs:
@@ -164,8 +163,7 @@ def measure(
         clean = first.setdefault(condition.shift, condition)
         paired = clean is not condition and clean.setting == setting
         reference = found[clean.tasks] if paired else None
-        rows.append(_row(condition, found[condition.tasks], reference, queries))
-    return rows
+        yield _row(condition, found[condition.tasks], reference, queries)
 
 
 def verdict(difference: Mapping[str, float]) -> Verdict:

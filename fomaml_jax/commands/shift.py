@@ -52,15 +52,17 @@ def measured(
     assert isinstance(chosen, options.ImageOptions)
     assert problem.splits is not None
     classifier = Classifier(chosen, params, problem.splits.test.images.shape[2:])
-    rows = robustness.measure(
+    key = experiment.Keys.of(chosen.seed).test
+    measuring = robustness.measure(
         classifier,
         suite.pools,
         suite.conditions,
-        experiment.Keys.of(chosen.seed).test,
+        key,
         queries=chosen.queries,
         num_tasks=num_tasks,
         say=say,
     )
+    rows = list(measuring)
     return {
         "run": str(run),
         "dataset": options.name_of(chosen),
