@@ -106,7 +106,7 @@ SHORT = ("shift", "adapted", "class means, features", "class means, pixels", "ah
 def page(rows: list[dict[str, Any]]) -> list[str]:
     """Every condition, what follows, and the picture."""
     said = "\n".join(shift_pictures.conclusions(rows))
-    drawn = f"![Accuracy under every shift](results/shift-cpu.png)"
+    drawn = "![Accuracy under every shift](results/shift-cpu.png)"
     return [common.table(COLUMNS, rows), said, drawn]
 
 

@@ -142,9 +142,9 @@ def measure(
         say: is told how far it is.
 
     Yields:
-        One plain row a condition, as it is measured: accuracies with their intervals by `ADAPTED`, `FEATURES` and
-        `PIXELS`, and their differences, task by task: `ahead` of features and of pixels, and
-        `lost` since the first condition of the shift, where that has the same pictures.
+        One plain row a condition, as it is measured: accuracies with their intervals by `ADAPTED`,
+        `FEATURES` and `PIXELS`, and their differences, task by task: `ahead` of features and of
+        pixels, and `lost` since the first condition of the shift, where that has the same pictures.
     """
     conditions = list(conditions)
     images = {name: jnp.asarray(pool.images) for name, pool in pools.items()}

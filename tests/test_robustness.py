@@ -33,17 +33,28 @@ def classifier(quick_compiles):
 # Measuring.
 
 
-def by_hand(classifier, task):
+def outputs_of(classifier):
+    """Compiled: logits and features of a task's queries, and features of its support."""
+    alone = classifier.chosen.statistics == "one-at-a-time"
+
+    @jax.jit
+    def outputs(task):
+        (x, y), (queries, _) = task
+        asked = fj.batch_statistics.Beside(x, queries) if alone else queries
+        adapted = classifier.adapt((x, y), ways=WAYS)
+        features = classifier.features(x), classifier.features(asked)
+        return classifier.predict(adapted, asked), features
+
+    return outputs
+
+
+def by_hand(outputs, task):
     """Accuracies of one task, without anything that the report is made of."""
     (x, y), (queries, truth) = task
-    alone = classifier.chosen.statistics == "one-at-a-time"
-    asked = fj.batch_statistics.Beside(x, queries) if alone else queries
-    logits = classifier.predict(classifier.adapt((x, y), ways=WAYS), asked)
+    logits, features = outputs(task)
     found = {ADAPTED: np.mean(np.argmax(logits, -1) == truth)}
-    embedded = {
-        FEATURES: (classifier.features(x), classifier.features(asked)),
-        PIXELS: (x.reshape(len(x), -1), queries.reshape(len(queries), -1)),
-    }
+    pixels = x.reshape(len(x), -1), queries.reshape(len(queries), -1)
+    embedded = {FEATURES: features, PIXELS: pixels}
     for name, (known, unknown) in embedded.items():
         means = np.stack([np.asarray(known)[np.asarray(y) == c].mean(0) for c in range(WAYS)])
         apart = np.linalg.norm(np.asarray(unknown)[:, None] - means, axis=-1)
@@ -60,18 +71,17 @@ def test_rows_are_what_every_task_by_itself_gives(classifier, statistics):
     strengths = {"noise": 0.5, "rotation of the queries": 40.0}
     table = [Condition("s", "none", setting), Condition("s", "some", setting, strengths)]
     pools = {"own": Pool.of(classes, turned=False)}
-    rows = robustness.measure(classifier, pools, table, KEY, queries=QUERIES, num_tasks=num_tasks)
+    measuring = {"queries": QUERIES, "num_tasks": num_tasks}
+    rows = list(robustness.measure(classifier, pools, table, KEY, **measuring))
     plain = fj.tasks.episodes(classes.images, ways=WAYS, shots=1, queries=QUERIES)
     shifted = fj.shifts.shifted(
         plain, *(make(strengths.get(name, 0.0)) for name, make in fj.shifts.NAMED.items())
     )
     keys = [jax.random.fold_in(KEY, i) for i in range(num_tasks)]
-    found = [
-        {name: np.array([one[name] for one in each]) for name in (ADAPTED, FEATURES, PIXELS)}
-        for each in (
-            [by_hand(classifier, tasks(key)) for key in keys] for tasks in (plain, shifted)
-        )
-    ]
+    outputs, found = outputs_of(classifier), []
+    for sample_task in map(jax.jit, (plain, shifted)):
+        each = [by_hand(outputs, sample_task(key)) for key in keys]
+        found.append({name: np.array([one[name] for one in each]) for name in each[0]})
     for row, accuracies in zip(rows, found, strict=True):
         for name, each in accuracies.items():
             assert row[name]["mean"] == pytest.approx(each.mean(), abs=1e-6)
