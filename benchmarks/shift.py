@@ -12,6 +12,7 @@ the three printed scripts its training has handwritten Greek and a Georgian one.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,18 +33,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--eval-tasks", type=int, default=200, help="a condition (%(default)s)")
     parser.add_argument("--shifts", nargs="+", help="some of them, by name; all unless given")
+    parser.add_argument("--eval-steps", type=int, help="of adaptation; the network's unless given")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
     use_every_core()
     out = asked.out or common.RESULTS / "shift-cpu.json"
     classifier = fj.load_classifier(NETWORK)
-    suite = shift_suite.suite(classifier.chosen, fj.datasets.omniglot(download=False))
+    chosen = dataclasses.replace(classifier.chosen, eval_steps=asked.eval_steps)
+    classifier = dataclasses.replace(classifier, chosen=chosen)
+    suite = shift_suite.suite(chosen, fj.datasets.omniglot(download=False))
     names = list(dict.fromkeys(one.shift for one in suite.conditions))
     about = {
         "network": NETWORK,
-        "statistics": classifier.chosen.statistics,
-        "inner_steps": classifier.chosen.adaptation_steps,
+        "statistics": chosen.statistics,
+        "inner_steps": chosen.adaptation_steps,
         "seed": asked.seed,
     }
     measuring = robustness.measure(
@@ -51,7 +55,7 @@ def main() -> None:
         suite.pools,
         [one for one in suite.conditions if one.shift in (asked.shifts or names)],
         experiment.Keys.of(asked.seed).test,
-        queries=classifier.chosen.queries,
+        queries=chosen.queries,
         num_tasks=asked.eval_tasks,
         say=lambda text: print(text, flush=True),
     )

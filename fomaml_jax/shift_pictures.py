@@ -60,13 +60,12 @@ def conclusions(rows: Rows) -> list[str]:
     for baseline in (FEATURES, PIXELS):
         found: dict[str, list[str]] = {name: [] for name in MARKS}
         for row in distinct:
-            found[verdict(row["ahead"][baseline])].append(f"{row['shift']} ({row['label']})")
+            found[verdict(row["ahead"][baseline])].append(f"{row['shift']} {row['label']}")
         name = NAMES[baseline].removesuffix(", no adaptation")
+        helps, level, hurts = (_listed(found[kind], len(distinct)) for kind in MARKS)
         lines.append(
-            f"Beside the {name}, adaptation is ahead under {len(found['helps'])} of "
-            f"{len(distinct)} conditions, and behind under "
-            f"{_listed(found['hurts'])}; by the interval it is neither under "
-            f"{_listed(found['not shown'])}."
+            f"Of {len(distinct)} conditions, adaptation is ahead of the {name} under {helps}, "
+            f"behind under {hurts}, and by its interval neither under {level}."
         )
     return lines
 
@@ -78,8 +77,11 @@ def condition_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*setting, strengths, row["steepness"])
 
 
-def _listed(conditions: Sequence[str]) -> str:
-    return ", ".join(conditions) if conditions else "none"
+def _listed(conditions: Sequence[str], total: int) -> str:
+    """How many, and which if they are few."""
+    count = str(len(conditions) or "none")
+    few = 0 < len(conditions) <= total / 2
+    return f"{count} ({', '.join(conditions)})" if few else count
 
 
 def _panel(axes: Any, shift: str, rows: Rows) -> None:

@@ -238,10 +238,10 @@ ROWS = [
 
 def test_it_is_said_where_adaptation_stops_helping():
     assert shift_pictures.conclusions(ROWS) == [
-        "Beside the nearest class mean of features, adaptation is ahead under 1 of 3 conditions, "
-        "and behind under noise (std 2); by the interval it is neither under noise (std 1).",
-        "Beside the nearest class mean of pixels, adaptation is ahead under 2 of 3 conditions, "
-        "and behind under noise (std 2); by the interval it is neither under none.",
+        "Of 3 conditions, adaptation is ahead of the nearest class mean of features under 1 (noise "
+        "none), behind under 1 (noise std 2), and by its interval neither under 1 (noise std 1).",
+        "Of 3 conditions, adaptation is ahead of the nearest class mean of pixels under 2, behind "
+        "under 1 (noise std 2), and by its interval neither under none.",
     ]
 
 
