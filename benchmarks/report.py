@@ -21,6 +21,7 @@ import memory
 import meta_step
 import peers
 import scaling
+import shift
 import time_shares
 import time_to_accuracy
 
@@ -41,7 +42,9 @@ BENCHMARKS = {
     "kills": kills,
     "algorithms": algorithms,
     "accuracy": accuracy,
+    "shift": shift,
 }
+MARKED = {"algorithms": algorithms, "accuracy": accuracy, "shift": shift}
 
 HEAD = """# Benchmarks
 
@@ -77,12 +80,15 @@ def render() -> str:
 def with_tables(path: Path) -> str:
     """A page with its marked tables as they were last measured on a CPU."""
     page = path.read_text()
-    for name, module in {"algorithms": algorithms, "accuracy": accuracy}.items():
+    for name, module in MARKED.items():
+        if f"<!-- {name} -->" not in page:
+            continue
         marked = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         rows = json.loads((common.RESULTS / f"{name}-cpu.json").read_text())["rows"]
         if path == MODEL:  # which is one network
             rows = [row for row in rows if (row.get("recipe"), row.get("seed")) == ("best", 0)]
-        page = marked.sub(f"\n{tables(module, rows)}\n\n", page, count=1)
+        shown = module.compact(rows) if hasattr(module, "compact") else tables(module, rows)
+        page = marked.sub(f"\n{shown}\n\n", page, count=1)
     return page
 
 

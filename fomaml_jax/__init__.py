@@ -1,6 +1,6 @@
 """First-order meta-learning in JAX."""
 
-from fomaml_jax import batch_statistics, datasets, models, rates, schedules, tasks, uneven
+from fomaml_jax import batch_statistics, datasets, models, rates, schedules, shifts, tasks, uneven
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.change_detection import Change, ChangeDetector, cusum
 from fomaml_jax.classifiers import Classifier, load_classifier
@@ -89,6 +89,7 @@ __all__ = [
     "scheduled_learner",
     "schedules",
     "serial_reptile",
+    "shifts",
     "starting_from",
     "tasks",
     "train",

@@ -50,19 +50,13 @@ def nearest_class_mean(
 ) -> Evaluation:
     """Accuracy of giving each query picture the label of the nearest mean of support pixels."""
 
-    def class_means(_: Params, support: Batch) -> jax.Array:
-        x, y = support
-        return jax.nn.one_hot(y, chosen.ways).T @ x.reshape(len(x), -1) / chosen.shots
-
     def accuracy(means: jax.Array, query: Batch) -> jax.Array:
-        x, y = queries_of(query[0]), query[1]
-        apart = x.reshape(len(x), 1, -1) - means[None]
-        return jnp.mean((apart**2).sum(-1).argmin(-1) == y)
+        return jnp.mean(nearest(means, queries_of(query[0])) == query[1])
 
     @jax.jit
     def judge(key):
         return evaluate(
-            class_means,
+            lambda _, support: class_means(support[0], support[1], chosen.ways),
             lambda *a: [accuracy(*a)],
             (),
             problem.test,
@@ -71,6 +65,19 @@ def nearest_class_mean(
         )
 
     return judge(key)
+
+
+def class_means(x: jax.Array, y: jax.Array, ways: int) -> jax.Array:
+    """Of each class the mean of its examples, `[ways, values]`; infinite where it has none."""
+    members = jax.nn.one_hot(y, ways, dtype=x.dtype)
+    sums, counts = members.T @ x.reshape(len(x), -1), members.sum(0)[:, None]
+    return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), jnp.inf)
+
+
+def nearest(means: jax.Array, x: jax.Array) -> jax.Array:
+    """The label `[n]` of the class mean that is nearest to each example."""
+    apart = x.reshape(len(x), 1, -1) - means[None]
+    return (apart**2).sum(-1).argmin(-1)
 
 
 def second_order(chosen: options.Options, problem: Problem, fit: Fit, key: jax.Array) -> Evaluation:

@@ -162,10 +162,9 @@ class Classifier:
         ways = self._ways(x, y, ways)
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
-        head = jax.eval_shape(lambda: initial_params(self.chosen, ways, self.picture))["params"]
         return adapt(
             cross_entropy(predictor(self.chosen)),
-            start_of(self.chosen, self.params, head[HEAD], ways),
+            start_of(self.chosen, self.params, self._head(ways), ways),
             (x, jnp.asarray(y)),
             inner_of(self.chosen, self.params, ways),
             steps,
@@ -182,6 +181,22 @@ class Classifier:
                 pictures, each of which is then normalised beside the support set alone.
         """
         return predictor(self.chosen)(adapted, jax.tree.map(self._pictures, x))
+
+    def features(self, x: Any) -> jax.Array:
+        """What the network makes of pictures without adaptation, `[n, features]`.
+
+        Args:
+            x: as for `predict`.
+        """
+        size = self._head()["kernel"].shape[0]
+        # As logits of a head that gives on what it sees.
+        identity = {"kernel": jnp.eye(size), "bias": jnp.zeros(size)}
+        return self.predict(with_head(parameters_of(self.params), identity), x)
+
+    def _head(self, ways: int = 1) -> Params:
+        """The shapes of a linear head."""
+        params = jax.eval_shape(lambda: initial_params(self.chosen, ways, self.picture))
+        return params["params"][HEAD]
 
     def _ways(self, x: jax.Array, y: Any, ways: int | None) -> int:
         """The number of classes, once the labels are known to be of these."""

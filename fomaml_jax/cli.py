@@ -13,7 +13,7 @@ except ModuleNotFoundError as missing:
 USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder] [options]
        fomaml-jax train --resume RUN
        fomaml-jax train ... --distributed [--coordinator HOST:PORT --processes N --process I]
-       fomaml-jax evaluate RUN [--against OTHER] [options]
+       fomaml-jax evaluate RUN [--against OTHER | --shift [--out FOLDER]] [options]
        fomaml-jax report RUN [RUN ...] [--out FOLDER]
 
 Learns an initialisation from many small tasks, and adapts it to new ones from a few examples.
@@ -25,7 +25,8 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
              each other by SLURM, Open MPI, Kubernetes, TPU or the options after it; where one is
              not heard of for a minute (--lost-after SECONDS) the others end, with 134 or 4
   evaluate   adapts a trained run to unseen tasks again, and compares it with another run;
-             pretrained:omniglot is one that comes with the package
+             pretrained:omniglot is one that comes with the package; with --shift it reports how
+             far from its training it is of use, and where adaptation adds nothing, in a folder
   report     draws runs, side by side, into one page that needs no other file, and PNG pictures
 
 `fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.

@@ -345,7 +345,7 @@ def check_judged_otherwise(options: Options, changes: dict[str, Any]) -> None:
         ValueError: naming the option.
     """
     images = isinstance(options, ImageOptions)
-    for name in ("ways", "queries"):
+    for name in ("ways", "queries", "statistics"):
         if name in changes and not images:
             raise ValueError(f"--{name}: {name_of(options)} has no classes")
     ways = changes.get("ways")

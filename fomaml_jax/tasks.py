@@ -262,17 +262,36 @@ def random_affine(most: float) -> Augmentation:
 
     def transform(key: jax.Array, image: jax.Array) -> jax.Array:
         off = jax.random.uniform(key, (2, 2), image.dtype, -most, most)
-        middle = [(n - 1) / 2 for n in image.shape[:2]]
-        axes = [jnp.arange(2 * m + 1, dtype=image.dtype) - m for m in middle]
-        apart = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))
-        rows, columns = jnp.einsum("ij,jhw->ihw", jnp.eye(2, dtype=image.dtype) + off, apart)
-        where = [rows + middle[0], columns + middle[1]]
-        flat = image.reshape(*image.shape[:2], -1)
-        resample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1, mode="constant")
-        moved = jax.vmap(lambda channel: resample(channel, where), in_axes=2, out_axes=2)(flat)
-        return moved.reshape(image.shape)
+        return resampled(image, jnp.eye(2, dtype=image.dtype) + off)
 
     return transform
+
+
+def resampled(image: jax.Array, matrix: jax.Array) -> jax.Array:
+    """A picture whose pixels are fetched from elsewhere, and from beyond its borders as zero.
+
+    Args:
+        image: `[height, width, ...]`, floating point.
+        matrix: `[2, 2]`, from a place (row, column) about the middle to that from which it is
+            fetched; pixels are interpolated linearly.
+
+    Returns:
+        The picture, of the same shape.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> fj.tasks.resampled(jnp.array([[0.0, 1.0]]), -jnp.eye(2))
+        Array([[1., 0.]], dtype=float32)
+    """
+    middle = [(n - 1) / 2 for n in image.shape[:2]]
+    axes = [jnp.arange(2 * m + 1, dtype=image.dtype) - m for m in middle]
+    apart = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))
+    rows, columns = jnp.einsum("ij,jhw->ihw", matrix, apart, precision="highest")
+    where = [rows + middle[0], columns + middle[1]]
+    flat = image.reshape(*image.shape[:2], -1)
+    resample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1, mode="constant")
+    moved = jax.vmap(lambda channel: resample(channel, where), in_axes=2, out_axes=2)(flat)
+    return moved.reshape(image.shape)
 
 
 def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:

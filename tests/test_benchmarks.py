@@ -36,6 +36,7 @@ SHORT = {
         *("--seeds", "0", "--settings", "5w1s", "--steps", "4", "--width", "4"),
         *("--eval-tasks", "4", "--alone-tasks", "2", "--validation-tasks", "3"),
     ],
+    "shift": ["--shifts", "class imbalance", "--eval-tasks", "2"],
     "time_to_accuracy": ["--data", "glyphs", "--steps", "4", "--width", "4", "--eval-tasks", "2"],
 }
 
@@ -50,8 +51,9 @@ def run(name, *words):
 def test_short_form(name, tmp_path, request):
     out = tmp_path / "result.json"
     words = [*SHORT[name], "--out", str(out)]
-    if name == "accuracy":
+    if name in ("accuracy", "shift"):
         request.getfixturevalue("omniglot_folder")
+    if name == "accuracy":
         words += ["--runs", str(tmp_path / "runs")]
     done = run(name, *words)
     assert done.returncode == 0, done.stderr
@@ -138,7 +140,7 @@ def test_the_pages_are_what_the_results_say(monkeypatch):
 
     assert report.README.read_text() == report.render()
     for path, marked in (
-        (report.PROJECT, ("algorithms", "accuracy")),
+        (report.PROJECT, ("algorithms", "accuracy", "shift")),
         (report.MODEL, ["accuracy"]),
     ):
         page = path.read_text()

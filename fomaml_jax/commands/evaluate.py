@@ -7,12 +7,13 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from fomaml_jax import classifiers, experiment, options, problems, runs
+from fomaml_jax.commands import shift
 from fomaml_jax.commands.endings import INTERRUPTED, plain_warnings, refusing, stop
 from fomaml_jax.commands.tables import table
 from fomaml_jax.commands.words import parse
 from fomaml_jax.devices import keep_compiled_programs
 
-OF_TASKS = "ways", "shots", "queries"
+OF_TASKS = "ways", "shots", "queries", "statistics"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,14 +24,21 @@ class Evaluate:
     """The folder that training wrote, or pretrained:omniglot."""
     against: Path | None = None
     """Another run, to be compared with on the same tasks, task by task."""
+    shift: bool = False
+    """Report how accuracy falls as tasks move away from training, with the accuracy of class means
+    that do not adapt beside it."""
+    out: Path | None = None
+    """Folder for shift.json and shift.png of --shift; shift unless given."""
     ways: int | None = None
     """Classes of a task; as in the run unless given."""
     shots: int | None = None
     """Examples to adapt on (a class); as in the run unless given."""
     queries: int | None = None
     """Examples to be judged on (a class); as in the run unless given."""
+    statistics: Literal["transductive", "one-at-a-time"] | None = None
+    """What a query picture is normalised with; as in the run unless given."""
     eval_tasks: int | None = None
-    """Unseen tasks; as many as in the run unless given."""
+    """Unseen tasks; as many as in the run unless given, with --shift 200 a condition."""
     eval_steps: int | None = None
     """Steps of adaptation, reported one by one; the run's unless given."""
     seed: int | None = None
@@ -49,8 +57,15 @@ def main(words: list[str]) -> None:
     """Evaluates, as the words after `evaluate` say."""
     asked = parse(Evaluate, "fomaml-jax evaluate", words)
     with refusing():
+        _check(asked)
         keep_compiled_programs(asked.compilation_cache)
         chosen, problem, params = _trained(asked.run, asked)
+    if asked.shift:
+        num_tasks = asked.eval_tasks or shift.TASKS
+        out = asked.out or Path("shift")
+        shift.report(asked.run, chosen, problem, params, out=out, num_tasks=num_tasks)
+        return
+    with refusing():
         against = None if asked.against is None else _trained(asked.against, asked)
         differences = {}
         if against is not None:
@@ -61,6 +76,14 @@ def main(words: list[str]) -> None:
     except KeyboardInterrupt:
         stop("interrupted", INTERRUPTED)
     print(table(result))
+
+
+def _check(asked: Evaluate) -> None:
+    """Refuses options that do not go together."""
+    if asked.out is not None and not asked.shift:
+        raise ValueError("--out is the folder of --shift: give both, or neither")
+    if asked.against is not None and asked.shift:
+        raise ValueError("--against and --shift are two reports: give one of them")
 
 
 def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Problem, Any]:

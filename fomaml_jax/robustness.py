@@ -1,0 +1,262 @@
+"""A classifier on tasks unlike those it was trained on, and what adaptation adds there."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fomaml_jax import shifts
+from fomaml_jax.baselines import class_means, nearest
+from fomaml_jax.batch_statistics import beside_support, queries_of
+from fomaml_jax.classifiers import Classifier
+from fomaml_jax.datasets import ImageClasses
+from fomaml_jax.devices import every_device
+from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
+from fomaml_jax.tasks import TaskDistribution, episodes
+from fomaml_jax.types import Batch, Params, Task
+
+ADAPTED, FEATURES, PIXELS = "adapted", "features", "pixels"
+"""What a query's label comes from: the adapted network; the nearest class mean of the network's
+features without adaptation; the nearest class mean of pixels."""
+
+_GROUP = 0x6E0459
+"""Folded into a task's key to draw its group, apart from what the task draws."""
+
+Verdict = Literal["helps", "not shown", "hurts"]
+
+
+class Pool(NamedTuple):
+    """Test classes to sample tasks from.
+
+    Attributes:
+        images: `[groups, classes, examples, height, width, channels]`; a task has its classes from
+            one group, such as an alphabet.
+        counts: `[classes]`, the examples of each class that are real.
+        turned: whether each class of a task is turned by a random multiple of 90 degrees.
+    """
+
+    images: np.ndarray
+    counts: np.ndarray
+    turned: bool
+
+    @classmethod
+    def of(cls, classes: ImageClasses, *, turned: bool) -> "Pool":
+        """All classes in one group."""
+        return cls(classes.images[None], classes.counts, turned)
+
+    def sampler(
+        self, images: jax.Array, *, ways: int, shots: int, queries: int
+    ) -> TaskDistribution:
+        """`key -> Task` from `images`, which are the pool's own, on the device."""
+
+        def of_group(group: jax.Array) -> TaskDistribution:
+            return episodes(
+                group,
+                ways=ways,
+                shots=shots,
+                queries=queries,
+                counts=self.counts,
+                rotations=self.turned,
+            )
+
+        if len(images) == 1:  # the very tasks that any other evaluation has
+            return of_group(images[0])
+
+        def sample(key: jax.Array) -> Task:
+            group = jax.random.randint(jax.random.fold_in(key, _GROUP), (), 0, len(images))
+            return of_group(images[group])(key)
+
+        return sample
+
+
+class Setting(NamedTuple):
+    """Tasks of one shape, which share one compiled program.
+
+    Attributes:
+        data: the name of their pool.
+        ways: classes.
+        shots: support examples a class.
+        thinned: whether only `(shots + 1) / 2` a class are left, an odd number of shots being
+            drawn: on average, so that the classes may have uneven numbers.
+    """
+
+    data: str
+    ways: int
+    shots: int
+    thinned: bool = False
+
+    @property
+    def support(self) -> int:
+        """Support examples of a task."""
+        return self.ways * ((self.shots + 1) // 2 if self.thinned else self.shots)
+
+
+class Condition(NamedTuple):
+    """One point of the report.
+
+    Attributes:
+        shift: what changes.
+        label: how far, in words.
+        setting: the tasks.
+        strengths: those of `shifts.NAMED` that are not 0.
+        steepness: of `shifts.uneven_counts`, in a thinned setting.
+    """
+
+    shift: str
+    label: str
+    setting: Setting
+    strengths: Mapping[str, float] = {}
+    steepness: float = 0.0
+
+    @property
+    def tasks(self) -> tuple[Any, ...]:
+        """What its tasks are made of: conditions in which this is the same are one."""
+        return self.setting, tuple(sorted(self.strengths.items())), self.steepness
+
+
+def measure(
+    classifier: Classifier,
+    pools: Mapping[str, Pool],
+    conditions: Iterable[Condition],
+    key: jax.Array,
+    *,
+    queries: int,
+    num_tasks: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[dict[str, Any]]:
+    """Judges a classifier under each condition, beside the baselines that do not adapt.
+
+    Task `i` has the same key under every condition: where the setting is the same, so are the
+    classes, the pictures and their order, and only the shift is not.
+
+    Args:
+        classifier: as `load_classifier` has it.
+        pools: test classes by name.
+        conditions: of each shift the one without it first.
+        key: a PRNG key; not consumed, only folded.
+        queries: query examples a class.
+        num_tasks: tasks of a condition.
+        say: is told how far it is.
+
+    Yields:
+        One plain row a condition, as it is measured: accuracies with their intervals by `ADAPTED`,
+        `FEATURES` and `PIXELS`, and their differences, task by task: `ahead` of features and of
+        pixels, and `lost` since the first condition of the shift, where that has the same pictures.
+    """
+    conditions = list(conditions)
+    images = {name: jnp.asarray(pool.images) for name, pool in pools.items()}
+    programs: dict[Setting, Any] = {}
+    found: dict[Any, dict[str, Evaluation]] = {}
+    first: dict[str, Condition] = {}
+    for i, condition in enumerate(conditions):
+        setting = condition.setting
+        if setting not in programs:
+            programs[setting] = _program(classifier, pools[setting.data], setting, queries)
+        if condition.tasks not in found:
+            say(f"{i + 1} of {len(conditions)}: {condition.shift}, {condition.label}")
+            strengths = dict.fromkeys(shifts.NAMED, 0.0) | dict(condition.strengths)
+            args = classifier.params, images[setting.data], key, strengths, condition.steepness
+            found[condition.tasks] = _by_name(programs[setting](*args, num_tasks))
+        clean = first.setdefault(condition.shift, condition)
+        paired = clean is not condition and clean.setting == setting
+        reference = found[clean.tasks] if paired else None
+        yield _row(condition, found[condition.tasks], reference, queries)
+
+
+def verdict(difference: Mapping[str, float]) -> Verdict:
+    """Whether what is ahead by so much is ahead at all, by the 95% interval."""
+    mean, ci95 = difference["mean"], difference["ci95"]
+    if mean > ci95:
+        return "helps"
+    return "hurts" if mean < -ci95 else "not shown"
+
+
+def _program(
+    classifier: Classifier, pool: Pool, setting: Setting, queries: int
+) -> Callable[..., Evaluation]:
+    """Compiled: `(params, images, key, strengths, steepness, num_tasks) -> Evaluation`."""
+    alone = classifier.chosen.statistics == "one-at-a-time"
+
+    def judge(params, images, key, strengths, steepness, num_tasks):
+        tasks = pool.sampler(images, ways=setting.ways, shots=setting.shots, queries=queries)
+        applied = [make(strengths[name]) for name, make in shifts.NAMED.items()]
+        if setting.thinned:
+            counts = shifts.uneven_counts(setting.ways, setting.shots, steepness)
+            applied.append(shifts.class_imbalance(counts, total=setting.support))
+        tasks = shifts.shifted(tasks, *applied)
+        tasks = beside_support(tasks) if alone else tasks
+        adapt_fn, metric_fn = _contest(classifier, setting.ways)
+        return evaluate(
+            adapt_fn, metric_fn, params, tasks, key, num_tasks=num_tasks, mesh=every_device()
+        )
+
+    return jax.jit(judge, static_argnums=5)
+
+
+def _contest(classifier: Classifier, ways: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Adaptation and its baselines as one `adapt_fn` and one `metric_fn` for `evaluate`."""
+
+    def adapt_fn(params: Params, support: Batch) -> dict[str, Any]:
+        x, y = support
+        trained = dataclasses.replace(classifier, params=params)
+        return {
+            ADAPTED: trained.adapt(support, ways=ways),
+            FEATURES: (params, class_means(trained.features(x), y, ways)),
+            PIXELS: class_means(x, y, ways),
+        }
+
+    def metric_fn(adapted: dict[str, Any], query: Batch) -> dict[str, jax.Array]:
+        x, y = query
+        params, means = adapted[FEATURES]
+        labels = {
+            ADAPTED: classifier.predict(adapted[ADAPTED], x).argmax(-1),
+            FEATURES: nearest(means, dataclasses.replace(classifier, params=params).features(x)),
+            PIXELS: nearest(adapted[PIXELS], queries_of(x)),
+        }
+        return {name: jnp.mean(found == y) for name, found in labels.items()}
+
+    return adapt_fn, metric_fn
+
+
+def _by_name(judged: Evaluation) -> dict[str, Evaluation]:
+    """An evaluation of each number by itself."""
+    mean, ci95, per_task = jax.device_get(judged[:3])
+    return {
+        name: Evaluation(mean[name], ci95[name], per_task[name], int(judged.num_tasks))
+        for name in mean
+    }
+
+
+def _row(
+    condition: Condition,
+    found: dict[str, Evaluation],
+    clean: dict[str, Evaluation] | None,
+    queries: int,
+) -> dict[str, Any]:
+    setting, adapted = condition.setting, found[ADAPTED]
+
+    def ahead_of(other: Evaluation) -> dict[str, float]:
+        return _numbers(paired_difference(adapted, other))
+
+    return {
+        "shift": condition.shift,
+        "label": condition.label,
+        "data": setting.data,
+        "ways": setting.ways,
+        "shots": setting.shots,
+        "support": setting.support,
+        "queries": queries,
+        "strengths": dict(condition.strengths),
+        "steepness": condition.steepness,
+        "num_tasks": adapted.num_tasks,
+        **{name: _numbers(judged) for name, judged in found.items()},
+        "ahead": {name: ahead_of(found[name]) for name in (FEATURES, PIXELS)},
+        "lost": None if clean is None else _numbers(paired_difference(clean[ADAPTED], adapted)),
+    }
+
+
+def _numbers(judged: Evaluation) -> dict[str, float]:
+    return {"mean": float(judged.mean), "ci95": float(judged.ci95)}
