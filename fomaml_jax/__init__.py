@@ -18,6 +18,7 @@ from fomaml_jax.meta_gradients import fomaml, maml, reptile
 from fomaml_jax.order import Diagnosis, Order, check_order, diagnose
 from fomaml_jax.parallel import over_tasks
 from fomaml_jax.precision import compute_in
+from fomaml_jax.recognition import AdaptedClassifier, adapt_classifier
 from fomaml_jax.serial import serial_reptile
 from fomaml_jax.starts import prototype_head, starting_from
 from fomaml_jax.training import DivergedError, Trained, train
@@ -37,6 +38,7 @@ from fomaml_jax.types import (
 
 __all__ = [
     "AdaptInfo",
+    "AdaptedClassifier",
     "Batch",
     "Classifier",
     "Diagnosis",
@@ -58,6 +60,7 @@ __all__ = [
     "WithRates",
     "WithState",
     "adapt",
+    "adapt_classifier",
     "batch_statistics",
     "check_order",
     "compute_in",
