@@ -42,7 +42,7 @@ PRETRAINED = "pretrained:"
 
 
 class Weighted(NamedTuple):
-    """Pictures that count by their weights, in batch statistics and losses; some perhaps not at all.
+    """Pictures that count by their weights, in batch statistics and losses: some not at all.
 
     Attributes:
         pictures: `[n, height, width, channels]`.
