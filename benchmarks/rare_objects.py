@@ -59,18 +59,18 @@ def main() -> None:
     asked = parser.parse_args()
     out = asked.out or common.RESULTS / f"rare_objects-{jax.devices()[0].platform}.json"
     tasks = asked.tasks * len(asked.shots) if len(asked.tasks) == 1 else asked.tasks
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        exported = export(Path(folder), asked.characters)
-        found = fj.datasets.few_pictures(exported)
+        found = fj.datasets.few_pictures(export(Path(folder), asked.characters))
         for shots, count in zip(asked.shots, tasks, strict=True):
             rng = np.random.default_rng((asked.seed, shots))
-            row = others(out, asked.ways, shots)
+            row = before(out, asked.ways, shots)
             if "tasks" in asked.parts:
                 row |= judged(found, asked.ways, shots, count, rng)
             if "command" in asked.parts:
                 row |= commanded(found, asked.ways, shots, rng)
-            rows = [*rest(out, asked.ways, shots), row]
-            common.write("rare_objects", sorted(rows, key=lambda r: (r["ways"], r["shots"])), out)
+            rows = sorted([*rest(out, asked.ways, shots), row], key=_setting)
+            common.write("rare_objects", rows, out)
     for name, columns in TABLES.items():
         print(f"\n{name}\n\n{common.table(columns, rows)}", flush=True)
 
@@ -111,6 +111,7 @@ def judged(
     untrained = jax.jit(untrained_features(classifier))
     y, asked = np.repeat(np.arange(ways), shots), np.repeat(np.arange(ways), QUERIES)
     per_task, seconds = [], []
+    known = slice(0, len(asked))
     for _ in range(count):
         support, *others = drawn(found, ways, shots, rng)
         x, queries = found.images[support], found.images[np.concatenate(others)]
@@ -122,13 +123,12 @@ def judged(
         said = jax.device_get(predict(adapted, queries))
         clock.append(time.perf_counter())
         seconds.append(np.diff(clock))
-        known = slice(0, len(asked))
         features = jax.device_get(untrained(x, queries[known]))
-        flat = [part.reshape(len(part), -1) / 255 for part in (x, queries[known])]
+        pixels = x.reshape(len(x), -1) / 255, queries[known].reshape(len(asked), -1) / 255
         per_task.append(
             {
                 "accuracy": np.mean(said.probabilities[known].argmax(1) == asked),
-                "pixels": np.mean(nearest_mean(*flat, y) == asked),
+                "pixels": np.mean(nearest_mean(*pixels, y) == asked),
                 "untrained features": np.mean(nearest_mean(*features, y) == asked),
                 "known rejected": 1 - said.is_known[known].mean(),
                 "strangers accepted": said.is_known[len(asked) :].mean(),
@@ -143,7 +143,7 @@ def judged(
         "shots": shots,
         "tasks": count,
         "characters": len(found.names),
-        "seconds": timed | {"queries": len(queries)},
+        "seconds": timed | {"queries": 2 * len(asked)},
         **{name: summary([task[name] for task in per_task]) for name in per_task[0]},
     }
 
@@ -218,7 +218,7 @@ def task_folders(found: Pictures, task: tuple[Any, ...], home: Path) -> list[str
     return [*program, *folders]
 
 
-def others(path: Path, ways: int, shots: int) -> dict[str, Any]:
+def before(path: Path, ways: int, shots: int) -> dict[str, Any]:
     """The row that was written before for the same setting."""
     return next((r for r in _rows(path) if (r["ways"], r["shots"]) == (ways, shots)), {})
 

@@ -2,6 +2,7 @@
 
 from fomaml_jax import batch_statistics, datasets, models, rates, schedules, tasks, uneven
 from fomaml_jax.adaptation import adapt
+from fomaml_jax.adapted_files import load_adapted, save_adapted
 from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
@@ -69,6 +70,7 @@ __all__ = [
     "evaluate",
     "fomaml",
     "learned_rates",
+    "load_adapted",
     "load_classifier",
     "maml",
     "matmul_convolutions",
@@ -80,6 +82,7 @@ __all__ = [
     "prototype_head",
     "rates",
     "reptile",
+    "save_adapted",
     "scheduled_learner",
     "schedules",
     "serial_reptile",

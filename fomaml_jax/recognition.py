@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fomaml_jax import options, refusals
 from fomaml_jax.batch_statistics import Beside
@@ -22,6 +23,8 @@ from fomaml_jax.heads import HEAD, with_head, without_head
 from fomaml_jax.types import Batch, Params
 
 NONE = "none of these"
+
+Background = Literal["auto", "light", "dark", "as is"]
 
 FOLDS = 5
 """Parts of the support set that are held out in turn."""
@@ -69,7 +72,7 @@ class Predictions(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "support", "means", "calibration"],
-    meta_fields=["chosen", "picture", "names"],
+    meta_fields=["chosen", "picture", "names", "background"],
 )
 @dataclasses.dataclass(frozen=True)
 class AdaptedClassifier:
@@ -83,6 +86,7 @@ class AdaptedClassifier:
         support: the pictures that it was adapted to, `[n, *picture]`, and their labels `[n]`.
         means: `[classes, features]`, the classes' mean features.
         calibration: when a picture is of none of the classes.
+        background: how pictures in files are read, as `fj.datasets.few_pictures` has it.
     """
 
     chosen: options.ImageOptions
@@ -92,6 +96,7 @@ class AdaptedClassifier:
     support: Batch
     means: jax.Array
     calibration: Calibration
+    background: Background = "auto"
 
     def predict(
         self,
@@ -124,7 +129,11 @@ class AdaptedClassifier:
 
 
 def adapt_classifier(
-    classifier: Classifier, support: Batch, *, names: tuple[str, ...] | None = None
+    classifier: Classifier,
+    support: Batch,
+    *,
+    names: tuple[str, ...] | None = None,
+    background: Background | None = None,
 ) -> AdaptedClassifier:
     """Adapts to labelled pictures, and finds out when a picture is of none of their classes.
 
@@ -134,6 +143,8 @@ def adapt_classifier(
             from 0; one example a class or more, of two classes or more. A head that is learned
             takes as many classes as it was trained for, or fewer.
         names: one a class; their numbers unless given, which they must be under `jit`.
+        background: how pictures in files are read, as `fj.datasets.few_pictures` has it. Unless
+            given, drawings as "auto", and those of a `folder` run "as is".
 
     Returns:
         An `AdaptedClassifier`.
@@ -160,7 +171,7 @@ def adapt_classifier(
     """
     y = jnp.asarray(support[1])
     if names is None:
-        if isinstance(y, jax.core.Tracer):
+        if isinstance(y, Tracer):
             raise TypeError("labels are traced: pass names, one a class")
         names = tuple(map(str, range(int(np.max(y)) + 1)))
     _check_classes(classifier, y, names)
@@ -177,7 +188,13 @@ def adapt_classifier(
         (jnp.asarray(support[0]), y),
         means,
         _calibrated(classifier.chosen, (x, y), weights, adaptations, len(names)),
+        background or background_of(classifier),
     )
+
+
+def background_of(classifier: Classifier) -> Background:
+    """How pictures in files are read unless it is said: drawings by their ground, others as is."""
+    return "as is" if isinstance(classifier.chosen, options.Folder) else "auto"
 
 
 def _held_out(y: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
@@ -280,7 +297,7 @@ def _check_classes(classifier: Classifier, y: jax.Array, names: tuple[str, ...])
             f"the network's head was learned for {chosen.ways} classes, got {classes}: leave out "
             f"{classes - chosen.ways}, or train a network with --head zero, which takes any number"
         )
-    if isinstance(y, jax.core.Tracer) or not jnp.issubdtype(y.dtype, jnp.integer):
+    if isinstance(y, Tracer) or not jnp.issubdtype(y.dtype, jnp.integer):
         return  # the classifier says so
     if missing := sorted(set(range(classes)) - set(np.asarray(y).tolist())):
         raise ValueError(f"every class needs an example, {names[missing[0]]} has none")
