@@ -14,7 +14,7 @@ COLUMNS = 10
 MOST = 300
 """Query pictures on a sheet."""
 
-LONGEST = 15
+LONGEST = 16
 """Letters of a name below a picture."""
 
 _CELL = 0.85, 1.12
@@ -44,10 +44,14 @@ def colour_of(said: str, is_right: bool | None, none: str) -> str:
 
 def contact_sheet(support: Sequence[Cell], queries: Sequence[Cell]) -> Figure:
     """The classes by an example each, then the query pictures, row by row."""
-    parts = [("the classes, one example of each", support)]
-    parts.append((f"pictures, {len(queries)}", queries[:MOST]))
-    if len(queries) > MOST:
-        parts[1] = (f"the first {MOST} of {len(queries)} pictures", queries[:MOST])
+    first = f"the first {MOST} of " if len(queries) > MOST else ""
+    meanings = {RIGHT: "green is right", WRONG: "red is wrong", ACCENT: "orange is none of these"}
+    colours = {cell.colour for cell in queries[:MOST]}
+    meant = "".join(f", {text}" for colour, text in meanings.items() if colour in colours)
+    parts = [
+        ("the classes, one example of each", support),
+        (f"{first}{len(queries)} pictures{meant}", queries[:MOST]),
+    ]
     rows = [-(-len(cells) // COLUMNS) for _, cells in parts]
     height = sum(rows) + 0.3 * len(parts)  # in cells, a heading being a part of one
     figure = Figure(figsize=(COLUMNS * _CELL[0], height * _CELL[1]))

@@ -175,7 +175,7 @@ def adapt_classifier(
             raise TypeError("labels are traced: pass names, one a class")
         names = tuple(map(str, range(int(np.max(y)) + 1)))
     _check_classes(classifier, y, names)
-    x = as_pictures(support[0], classifier.picture)
+    x, y = as_pictures(support[0], classifier.picture), y.astype(jnp.int32)
     weights = jnp.concatenate([jnp.ones((1, len(x))), *_held_out(y, len(names))]).astype(x.dtype)
     # All adaptations in one loop, and so in one compiled body: compilation is what takes time here.
     adaptations = jax.lax.map(lambda w: _adapted(classifier, x, y, w, len(names)), weights)
@@ -203,19 +203,19 @@ def _held_out(y: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
     Both are bool, `[classes, n]` and `[FOLDS, n]`. The only example of a class always stays in the
     latter.
     """
-    without_class = y != jnp.arange(classes)[:, None]
+    without_class = y[None] != jnp.arange(classes)[:, None]
     part = _rank(y) % FOLDS
-    return without_class, (part != jnp.arange(FOLDS)[:, None]) | (_count(y) == 1)
+    return without_class, (part[None] != jnp.arange(FOLDS)[:, None]) | (_count(y) == 1)[None]
 
 
 def _rank(y: jax.Array) -> jax.Array:
     """Of each example in its class, from 0."""
-    return jnp.tril(y[:, None] == y, -1).sum(1)
+    return jnp.tril(y[:, None] == y[None], -1).sum(1)
 
 
 def _count(y: jax.Array) -> jax.Array:
     """How many examples each one's class has."""
-    return (y[:, None] == y).sum(1)
+    return (y[:, None] == y[None]).sum(1)
 
 
 def _adapted(
@@ -275,7 +275,7 @@ def _logits_and_features(
 def _similarity(features: jax.Array, means: jax.Array) -> jax.Array:
     """The cosine with the nearest class; of classes without a mean, none is."""
     cosines = _unit(features) @ means.T
-    return jnp.where((means != 0).any(1), cosines, -1.0).max(1)
+    return jnp.where((means != 0).any(1)[None], cosines, -1.0).max(1)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -260,5 +260,5 @@ def _cell(adapted: AdaptedClassifier, image: np.ndarray, row: dict[str, Any]) ->
     truth, said = row.get("folder"), row["prediction"]
     right = None if truth is None else said == (truth if truth in adapted.names else NONE)
     sure = f"{100 * row['probability']:.0f} %"
-    lines = (NONE, f"({row['class']})") if said == NONE else (said, sure)
+    lines = (NONE, f"nearest {row['class']}", sure) if said == NONE else (said, sure)
     return Cell(image, lines, contact_sheets.colour_of(said, right, NONE))
