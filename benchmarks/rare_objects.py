@@ -123,13 +123,13 @@ def judged(
         said = jax.device_get(predict(adapted, queries))
         clock.append(time.perf_counter())
         seconds.append(np.diff(clock))
-        features = jax.device_get(untrained(x, queries[known]))
+        seen, of_queries = jax.device_get(untrained(x, queries[known]))
         pixels = x.reshape(len(x), -1) / 255, queries[known].reshape(len(asked), -1) / 255
         per_task.append(
             {
                 "accuracy": np.mean(said.probabilities[known].argmax(1) == asked),
                 "pixels": np.mean(nearest_mean(*pixels, y) == asked),
-                "untrained features": np.mean(nearest_mean(*features, y) == asked),
+                "untrained features": np.mean(nearest_mean(seen, of_queries, y) == asked),
                 "known rejected": 1 - said.is_known[known].mean(),
                 "strangers accepted": said.is_known[len(asked) :].mean(),
                 "auroc": auroc(said.similarity[known], said.similarity[len(asked) :]),

@@ -20,6 +20,7 @@ import kills
 import memory
 import meta_step
 import peers
+import rare_objects
 import scaling
 import time_shares
 import time_to_accuracy
@@ -41,6 +42,7 @@ BENCHMARKS = {
     "kills": kills,
     "algorithms": algorithms,
     "accuracy": accuracy,
+    "rare_objects": rare_objects,
 }
 
 HEAD = """# Benchmarks
@@ -77,7 +79,10 @@ def render() -> str:
 def with_tables(path: Path) -> str:
     """A page with its marked tables as they were last measured on a CPU."""
     page = path.read_text()
-    for name, module in {"algorithms": algorithms, "accuracy": accuracy}.items():
+    marked_by = {"algorithms": algorithms, "accuracy": accuracy, "rare_objects": rare_objects}
+    for name, module in marked_by.items():
+        if f"<!-- {name} -->" not in page:
+            continue
         marked = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         rows = json.loads((common.RESULTS / f"{name}-cpu.json").read_text())["rows"]
         if path == MODEL:  # which is one network

@@ -174,8 +174,9 @@ def adapt_classifier(
         if isinstance(y, Tracer):
             raise TypeError("labels are traced: pass names, one a class")
         names = tuple(map(str, range(int(np.max(y)) + 1)))
-    _check_classes(classifier, y, names)
-    x, y = as_pictures(support[0], classifier.picture), y.astype(jnp.int32)
+    x = as_pictures(support[0], classifier.picture)
+    _check_classes(classifier, x, y, names)
+    y = y.astype(jnp.int32)
     weights = jnp.concatenate([jnp.ones((1, len(x))), *_held_out(y, len(names))]).astype(x.dtype)
     # All adaptations in one loop, and so in one compiled body: compilation is what takes time here.
     adaptations = jax.lax.map(lambda w: _adapted(classifier, x, y, w, len(names)), weights)
@@ -288,7 +289,9 @@ def _evenly(x: jax.Array) -> Weighted:
     return Weighted(x, jnp.ones(len(x)))
 
 
-def _check_classes(classifier: Classifier, y: jax.Array, names: tuple[str, ...]) -> None:
+def _check_classes(
+    classifier: Classifier, x: jax.Array, y: jax.Array, names: tuple[str, ...]
+) -> None:
     classes, chosen = len(names), classifier.chosen
     if classes < 2:
         raise ValueError(f"there must be two classes or more to tell apart, got {classes}")
@@ -297,8 +300,12 @@ def _check_classes(classifier: Classifier, y: jax.Array, names: tuple[str, ...])
             f"the network's head was learned for {chosen.ways} classes, got {classes}: leave out "
             f"{classes - chosen.ways}, or train a network with --head zero, which takes any number"
         )
-    if isinstance(y, Tracer) or not jnp.issubdtype(y.dtype, jnp.integer):
-        return  # the classifier says so
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {y.dtype}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"labels must be [{len(x)}], one a picture, got {list(y.shape)}")
+    if isinstance(y, Tracer):
+        return
     if missing := sorted(set(range(classes)) - set(np.asarray(y).tolist())):
         raise ValueError(f"every class needs an example, {names[missing[0]]} has none")
     if y.min() < 0 or y.max() >= classes:

@@ -35,6 +35,7 @@ SHORT = {
         *("--seeds", "0", "--settings", "5w1s", "--steps", "4", "--width", "4"),
         *("--eval-tasks", "4", "--alone-tasks", "2", "--validation-tasks", "3"),
     ],
+    "rare_objects": ["--shots", "2", "--tasks", "2", "--characters", "10", "--parts", "tasks"],
     "time_to_accuracy": ["--data", "glyphs", "--steps", "4", "--width", "4", "--eval-tasks", "2"],
 }
 
@@ -49,8 +50,9 @@ def run(name, *words):
 def test_short_form(name, tmp_path, request):
     out = tmp_path / "result.json"
     words = [*SHORT[name], "--out", str(out)]
-    if name == "accuracy":
+    if name in ("accuracy", "rare_objects"):
         request.getfixturevalue("omniglot_folder")
+    if name == "accuracy":
         words += ["--runs", str(tmp_path / "runs")]
     done = run(name, *words)
     assert done.returncode == 0, done.stderr

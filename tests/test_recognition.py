@@ -17,6 +17,7 @@ from fomaml_jax.batch_statistics import Beside
 from fomaml_jax.heads import HEAD, with_head, without_head
 
 NETWORK = classifiers.network
+predict = jax.jit(fj.AdaptedClassifier.predict, static_argnames="statistics")
 
 NAMES = "ant", "bee", "cat"
 LABELS = np.array([0, 1, 2, 0, 1, 0], np.int32)  # three, two and one
@@ -51,7 +52,7 @@ def features(classifier, params, x):
     """What the head sees, by putting the identity in its place."""
     size = params["params"][HEAD]["kernel"].shape[0]
     identity = {"kernel": jnp.eye(size), "bias": jnp.zeros(size)}
-    seen = np.asarray(classifier.predict(with_head(without_head(params), identity), x))
+    seen = np.asarray(jax.jit(classifier.predict)(with_head(without_head(params), identity), x))
     return seen / np.linalg.norm(seen, axis=1, keepdims=True)
 
 
@@ -90,8 +91,8 @@ def test_with_one_example_a_class_the_threshold_is_a_share_of_the_way(classifier
 
 def test_predictions_are_the_classifiers_own(classifier, pictures, adapted):
     params = jax.jit(functools.partial(classifier.adapt, ways=3))((pictures, LABELS))
-    logits = classifier.predict(params, Beside(pictures, pictures[:2]))
-    said = adapted.predict(pictures[:2])
+    logits = jax.jit(classifier.predict)(params, Beside(pictures, pictures[:2]))
+    said = predict(adapted, pictures[:2])
     np.testing.assert_allclose(said.probabilities, jax.nn.softmax(logits), rtol=1e-4)
     np.testing.assert_array_equal(said.is_known, said.similarity >= adapted.calibration.threshold)
 
@@ -99,7 +100,7 @@ def test_predictions_are_the_classifiers_own(classifier, pictures, adapted):
 def test_a_prediction_depends_on_other_queries_only_where_that_is_asked_for(pictures, adapted):
     for statistics, same in (("one-at-a-time", True), ("transductive", False)):
         all_of_them, first = (
-            adapted.predict(pictures[:n], statistics=statistics).similarity[0] for n in (6, 1)
+            predict(adapted, pictures[:n], statistics=statistics).similarity[0] for n in (6, 1)
         )
         assert np.isclose(all_of_them, first, rtol=1e-4) == same
 
@@ -115,7 +116,7 @@ def test_strangers_are_told_apart_by_the_trained_network(monkeypatch):
     moved = np.concatenate([np.roll(shapes, step, (1, 2)) for step in ((0, 1), (1, 0), (1, 1))])
     adapted = adapt_jitted(fj.load_classifier("pretrained:omniglot"))(moved, np.tile(range(3), 3))
     noise = rng.integers(0, 256, shapes.shape, np.uint8)
-    said = jax.jit(fj.AdaptedClassifier.predict)(adapted, np.concatenate([shapes, noise]))
+    said = predict(adapted, np.concatenate([shapes, noise]))
     np.testing.assert_array_equal(said.probabilities[:3].argmax(1), range(3))
     np.testing.assert_array_equal(said.is_known, [True] * 3 + [False] * 3)
 
@@ -123,7 +124,7 @@ def test_strangers_are_told_apart_by_the_trained_network(monkeypatch):
 def test_a_learned_head_takes_fewer_classes_than_it_has(pictures):
     classifier = small_classifier(head="learned", ways=5)
     adapted = adapt_jitted(classifier)(pictures, LABELS)
-    said = adapted.predict(pictures)
+    said = predict(adapted, pictures)
     assert said.probabilities.shape == (6, 3)
     np.testing.assert_allclose(said.probabilities.sum(1), 1, rtol=1e-5)
     assert said.similarity.max() <= 1 + 1e-6
@@ -155,6 +156,8 @@ def test_refusals(classifier, pictures, adapted):
     for message, (of, labels, names) in refused.items():
         with pytest.raises(ValueError, match=message):
             fj.adapt_classifier(of, (pictures, labels), names=tuple(names))
+    with pytest.raises(TypeError, match=r"^labels must be integers, got float32$"):
+        fj.adapt_classifier(classifier, (pictures, np.float32(LABELS)), names=NAMES)
     with pytest.raises(TypeError, match=r"^labels are traced: pass names"):
         jax.eval_shape(lambda y: fj.adapt_classifier(classifier, (pictures, y)), LABELS)
     with pytest.raises(ValueError, match=r"^pictures must be \[n, 28, 28, 1\], got \[6, 28, 28\]$"):
@@ -176,7 +179,7 @@ def test_a_file_keeps_everything(adapted, pictures, tmp_path):
         np.testing.assert_array_equal(kept, one)
         assert kept.dtype == one.dtype
     assert [file.name for file in path.parent.iterdir()] == ["mine"]
-    one, other = (each.predict(pictures).probabilities for each in (adapted, again))
+    one, other = (predict(each, pictures).probabilities for each in (adapted, again))
     np.testing.assert_array_equal(one, other)
 
 
