@@ -20,6 +20,7 @@ import kills
 import memory
 import meta_step
 import peers
+import rare_objects
 import scaling
 import shift
 import time_shares
@@ -43,8 +44,14 @@ BENCHMARKS = {
     "algorithms": algorithms,
     "accuracy": accuracy,
     "shift": shift,
+    "rare_objects": rare_objects,
 }
-MARKED = {"algorithms": algorithms, "accuracy": accuracy, "shift": shift}
+MARKED = {
+    "algorithms": algorithms,
+    "accuracy": accuracy,
+    "shift": shift,
+    "rare_objects": rare_objects,
+}
 
 HEAD = """# Benchmarks
 

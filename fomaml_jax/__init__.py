@@ -2,6 +2,7 @@
 
 from fomaml_jax import batch_statistics, datasets, models, rates, schedules, shifts, tasks, uneven
 from fomaml_jax.adaptation import adapt
+from fomaml_jax.adapted_files import load_adapted, save_adapted
 from fomaml_jax.change_detection import Change, ChangeDetector, cusum
 from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.convolutions import matmul_convolutions
@@ -20,6 +21,7 @@ from fomaml_jax.online_learner import Arrival, OnlineLearner, OnlineState, onlin
 from fomaml_jax.order import Diagnosis, Order, check_order, diagnose
 from fomaml_jax.parallel import over_tasks
 from fomaml_jax.precision import compute_in
+from fomaml_jax.recognition import AdaptedClassifier, adapt_classifier
 from fomaml_jax.serial import serial_reptile
 from fomaml_jax.starts import prototype_head, starting_from
 from fomaml_jax.training import DivergedError, Trained, train
@@ -39,6 +41,7 @@ from fomaml_jax.types import (
 
 __all__ = [
     "AdaptInfo",
+    "AdaptedClassifier",
     "Arrival",
     "Batch",
     "Change",
@@ -65,6 +68,7 @@ __all__ = [
     "WithRates",
     "WithState",
     "adapt",
+    "adapt_classifier",
     "batch_statistics",
     "check_order",
     "compute_in",
@@ -74,6 +78,7 @@ __all__ = [
     "evaluate",
     "fomaml",
     "learned_rates",
+    "load_adapted",
     "load_classifier",
     "maml",
     "matmul_convolutions",
@@ -86,6 +91,7 @@ __all__ = [
     "prototype_head",
     "rates",
     "reptile",
+    "save_adapted",
     "scheduled_learner",
     "schedules",
     "serial_reptile",

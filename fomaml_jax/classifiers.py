@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,18 @@ PRETRAINED = "pretrained:"
 """What names one of them in place of a folder."""
 
 
+class Weighted(NamedTuple):
+    """Pictures that count by their weights, in batch statistics and losses: some not at all.
+
+    Attributes:
+        pictures: `[n, height, width, channels]`.
+        weights: `[n]`, of which not all are zero.
+    """
+
+    pictures: Any
+    weights: Any
+
+
 def network(chosen: options.ImageOptions, outputs: int) -> nn.Module:
     """The network for pictures, with a linear head of `outputs`."""
     factors = (1, 1, 2, 4) if chosen.widening else (1, 1, 1, 1)
@@ -58,7 +70,8 @@ def native_predictor(chosen: options.ImageOptions) -> Predict:
 
     def predict(params: Params, x: jax.Array) -> jax.Array:
         outputs = params["params"][HEAD]["kernel"].shape[-1]
-        return cast(jax.Array, network(chosen, outputs).apply(params, x))
+        inputs = x if isinstance(x, Weighted) else (x,)
+        return cast(jax.Array, network(chosen, outputs).apply(params, *inputs))
 
     return predict
 
@@ -74,7 +87,10 @@ def cross_entropy(predict: Predict) -> LossFn:
 
     def loss_fn(params: Params, batch: Batch) -> jax.Array:
         x, y = batch
-        return optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y).mean()
+        losses = optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y)
+        if isinstance(x, Weighted):
+            return jnp.average(losses, weights=x.weights)
+        return losses.mean()
 
     return loss_fn
 
@@ -140,7 +156,14 @@ class Classifier:
     params: Any
     picture: tuple[int, ...]
 
-    def adapt(self, support: Batch, *, ways: int | None = None, steps: int | None = None) -> Params:
+    def adapt(
+        self,
+        support: Batch,
+        *,
+        ways: int | None = None,
+        steps: int | None = None,
+        weights: Any = None,
+    ) -> Params:
         """Parameters adapted to labelled pictures.
 
         Args:
@@ -149,6 +172,8 @@ class Classifier:
             ways: number of classes; one more than the greatest label unless given, which it must
                 be under `jit`. A head that is learned has its own, and no others.
             steps: of adaptation; as in the options unless given.
+            weights: of the pictures, `[n]`; all alike unless given. A picture of weight zero is as
+                if it were not there.
 
         Returns:
             The parameters of a network for these classes.
@@ -158,14 +183,14 @@ class Classifier:
                 the ways, or other ways than a learned head's.
             TypeError: for labels that are no integers; without `ways`, under `jit`.
         """
-        x, y = self._pictures(support[0]), support[1]
+        x, y = as_pictures(support[0], self.picture), support[1]
         ways = self._ways(x, y, ways)
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
         return adapt(
             cross_entropy(predictor(self.chosen)),
             start_of(self.chosen, self.params, self._head(ways), ways),
-            (x, jnp.asarray(y)),
+            (x if weights is None else Weighted(x, weights), jnp.asarray(y)),
             inner_of(self.chosen, self.params, ways),
             steps,
             trainable=moved_of(self.chosen, steps),
@@ -180,7 +205,8 @@ class Classifier:
                 classifier was trained for, or a `fj.batch_statistics.Beside` of support and query
                 pictures, each of which is then normalised beside the support set alone.
         """
-        return predictor(self.chosen)(adapted, jax.tree.map(self._pictures, x))
+        x = jax.tree.map(lambda pictures: as_pictures(pictures, self.picture), x)
+        return predictor(self.chosen)(adapted, x)
 
     def features(self, x: Any) -> jax.Array:
         """What the network makes of pictures without adaptation, `[n, features]`.
@@ -221,12 +247,18 @@ class Classifier:
             )
         return ways
 
-    def _pictures(self, x: Any) -> jax.Array:
-        x = as_float(jnp.asarray(x))
-        if x.shape[1:] != self.picture:
-            shape = ", ".join(map(str, self.picture))
-            raise ValueError(f"pictures must be [n, {shape}], got {list(x.shape)}")
-        return x
+
+def as_pictures(x: Any, picture: tuple[int, ...]) -> jax.Array:
+    """Pictures of the shape `picture` in `[0, 1]`, from uint8 or as they are.
+
+    Raises:
+        ValueError: for any of another shape.
+    """
+    x = as_float(jnp.asarray(x))
+    if x.shape[1:] != picture:
+        shape = ", ".join(map(str, picture))
+        raise ValueError(f"pictures must be [n, {shape}], got {list(x.shape)}")
+    return x
 
 
 def load_classifier(run: str | Path) -> Classifier:

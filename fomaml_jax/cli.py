@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 try:
-    from fomaml_jax.commands import endings, evaluate, report, train
+    from fomaml_jax.commands import adapt, endings, evaluate, predict, report, train
     from fomaml_jax.devices import use_every_core
 except ModuleNotFoundError as missing:
     sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
@@ -15,6 +15,8 @@ USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder] [options]
        fomaml-jax train ... --distributed [--coordinator HOST:PORT --processes N --process I]
        fomaml-jax evaluate RUN [--against OTHER | --shift [--out FOLDER]] [options]
        fomaml-jax report RUN [RUN ...] [--out FOLDER]
+       fomaml-jax adapt RUN --support FOLDER [--query FOLDER] [--save FILE] [options]
+       fomaml-jax predict FILE --query FOLDER [options]
 
 Learns an initialisation from many small tasks, and adapts it to new ones from a few examples.
 
@@ -28,14 +30,23 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
              pretrained:omniglot is one that comes with the package; with --shift it reports how
              far from its training it is of use, and where adaptation adds nothing, in a folder
   report     draws runs, side by side, into one page that needs no other file, and PNG pictures
+  adapt      adapts a trained run, or pretrained:omniglot, to your own classes from one picture of
+             each or a few, one folder a class, and recognises them, or none of them, in others
+  predict    does so again with what adapt --save has kept
 
-`fomaml-jax train DATA --help` and `fomaml-jax evaluate --help` list every option.
+`fomaml-jax train DATA --help`, `fomaml-jax evaluate --help` and so on list every option.
 Exit codes: 0 done, or terminated with everything saved; 1 a fault of the program (one line says
 which, and where its traceback is); 2 refused (one line says why); 3 diverged (the state before that
 is saved); 4, or 134 from JAX itself, another process was lost (start all again with --resume); 130
 interrupted (everything is saved)."""
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "report": report.main}
+COMMANDS = {
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "report": report.main,
+    "adapt": adapt.main,
+    "predict": predict.main,
+}
 
 HELP = ["-h"], ["--help"]
 

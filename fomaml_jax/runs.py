@@ -281,9 +281,7 @@ def save_parameters(folder: Path, params: Params) -> None:
 
     What other parameters came to before goes, once these are written.
     """
-    found = jax.device_get(params)
-    leaves = jax.tree.leaves_with_path(found)
-    named: dict[str, Any] = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    named = by_key_path(params)
     if _holds(folder / PARAMETERS, named):
         return
     with replacing(folder / PARAMETERS) as temporary:
@@ -291,6 +289,12 @@ def save_parameters(folder: Path, params: Params) -> None:
         if processes.is_first():
             for name in (RESULT, PER_TASK):
                 (folder / name).unlink(missing_ok=True)
+
+
+def by_key_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree as NumPy arrays, their key paths as names."""
+    leaves = jax.tree.leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _holds(path: Path, named: dict[str, np.ndarray]) -> bool:
@@ -314,11 +318,29 @@ def load_parameters(folder: Path, like: Params) -> Params:
             damaged.
     """
     path = folder / PARAMETERS
+    return fitted(path, read_arrays(path), like)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The named arrays in a file.
+
+    Raises:
+        ValueError: where it is damaged, missing, or of another kind.
+    """
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            saved = dict(file)
+            return dict(file)
     except Exception as error:
         raise ValueError(f"cannot read the parameters in {path}: {error}") from None
+
+
+def fitted(path: Path, saved: dict[str, np.ndarray], like: Params) -> Params:
+    """The arrays that were read from `path`, named by their key paths, in the structure of `like`.
+
+    Raises:
+        ValueError: where names, shapes or dtypes differ from those of `like`.
+    """
+    saved = dict(saved)
 
     def find(key_path, leaf):
         name = jax.tree_util.keystr(key_path)

@@ -37,6 +37,7 @@ SHORT = {
         *("--eval-tasks", "4", "--alone-tasks", "2", "--validation-tasks", "3"),
     ],
     "shift": ["--shifts", "class imbalance", "--eval-tasks", "2"],
+    "rare_objects": ["--shots", "2", "--tasks", "2", "--characters", "10", "--parts", "tasks"],
     "time_to_accuracy": ["--data", "glyphs", "--steps", "4", "--width", "4", "--eval-tasks", "2"],
 }
 
@@ -51,7 +52,7 @@ def run(name, *words):
 def test_short_form(name, tmp_path, request):
     out = tmp_path / "result.json"
     words = [*SHORT[name], "--out", str(out)]
-    if name in ("accuracy", "shift"):
+    if name in ("accuracy", "shift", "rare_objects"):
         request.getfixturevalue("omniglot_folder")
     if name == "accuracy":
         words += ["--runs", str(tmp_path / "runs")]

@@ -86,7 +86,7 @@ ARCHIVES = (
     "a folder with Omniglot's images_background.zip and images_evaluation.zip, or both unpacked"
 )
 REFUSED = {
-    "trian": "unknown command 'trian'; there are train, evaluate and report",
+    "trian": "unknown command 'trian'; there are train, evaluate, report, adapt and predict",
     "report": "report needs at least one run",
     "report nowhere": "nowhere is not a run: it has no config.json",
     "report run empty": "empty is not a run: it has no config.json",

@@ -129,6 +129,23 @@ def test_parameters_that_need_not_fit_one_device():
     assert parts[3] < 0.9 * parts[2]
 
 
+def test_rare_objects(omniglot_folder, tmp_path):
+    """What it keeps serves the command line too, on the folders that it writes."""
+    out = tmp_path / "out"
+    script = ROOT / "examples" / "rare_objects.py"
+    done = run(sys.executable, script, "--data", omniglot_folder, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (right,) = map(float, re.findall(r"right: ([\d.]+)", done.stdout))
+    (known, strangers) = map(float, re.findall(r"([\d.]+) of (?:those|the others)", done.stdout))
+    assert right > 0.8
+    assert known < 0.5 < strangers
+    words = ("--query", out / "query", "--out", out / "predictions")
+    again = run(sys.executable, "-m", "fomaml_jax", "predict", out / "adapted.npz", *words)
+    assert again.returncode == 0, again.stderr
+    (accuracy,) = map(float, re.findall(r"accuracy ([\d.]+) %", again.stdout))
+    assert accuracy == pytest.approx(100 * right, abs=0.6)
+
+
 def public_functions():
     for module in (fj, fj.tasks, fj.datasets, fj.models, fj.rates, fj.schedules, fj.uneven):
         for name, thing in vars(module).items():

@@ -16,14 +16,14 @@ Files = Mapping[str, Sequence[Path]]
 
 def list_classes(folder: Path) -> Files:
     """The image files of every class folder in `folder`, sorted by name."""
-    folders = [entry for entry in _visible(folder) if entry.is_dir()]
+    folders = [entry for entry in visible(folder) if entry.is_dir()]
     if not folders:
         raise FileNotFoundError(f"{folder} holds no class folders, expected {EXPECTED}")
     return {class_folder.name: _image_files(class_folder) for class_folder in folders}
 
 
 def _image_files(class_folder: Path) -> list[Path]:
-    entries = _visible(class_folder)
+    entries = visible(class_folder)
     if not entries:
         raise FileNotFoundError(f"{class_folder} is empty, expected the images of a class")
     for entry in entries:
@@ -35,13 +35,14 @@ def _image_files(class_folder: Path) -> list[Path]:
     return entries
 
 
-def _visible(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted by name, without what is hidden."""
     return sorted(e for e in folder.iterdir() if e.name[0] != "." and e.name not in _LITTER)
 
 
 def given_splits(folder: Path, validation: float, seed: int) -> list[Files] | None:
     """The splits as the folders `train` and `test` say, where `folder` holds both."""
-    names = {entry.name for entry in _visible(folder) if entry.is_dir()}
+    names = {entry.name for entry in visible(folder) if entry.is_dir()}
     if not names >= {"train", "test"}:
         return None
     others = sorted(names - {"train", "test"})

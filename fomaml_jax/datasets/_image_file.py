@@ -1,10 +1,21 @@
 """Read any picture that Pillow opens as a small square of 8-bit pixels."""
 
 import io
+import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
+
+Background = Literal["auto", "light", "dark"]
+"""Of a drawing: what its border is nearer to, the lightest or the darkest of it, or one of them."""
+
+SMALLEST = 8
+"""Pixels of the shorter side of a picture from which anything can be told."""
+
+FAINTEST = 16
+"""Grey levels of 255 between a drawing's strokes and its ground."""
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -24,6 +35,63 @@ def read_image(file: Path, size: int, channels: int) -> tuple[np.ndarray, bytes]
     return np.asarray(square).reshape(size, size, channels), content
 
 
+def read_strokes(file: Path, size: int, background: Background) -> tuple[np.ndarray, bool]:
+    """A drawing as its strokes, 255 on 0, `[size, size, 1]` uint8; whether they were the darker.
+
+    The ground is the median of the border. It and the strongest stroke become 0 and 255, as far as
+    they are apart by shade of paper or pen; then the whole picture is put on a square of ground.
+
+    Raises:
+        ValueError: for what is no picture, a tiny or an all too large one, or one without strokes.
+        OSError: where the file cannot be read, which says nothing about what it is.
+    """
+    grey = _flat(_upright(file.read_bytes(), file, size), file).convert("L")
+    grey = grey.reduce(
+        max(1, min(grey.size) // (8 * size))
+    )  # which takes the grain of a photograph
+    levels = np.asarray(grey, np.float32)
+    border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+    ground, darkest, lightest = np.median(border), levels.min(), levels.max()
+    is_light = background == "light" or (background == "auto" and 2 * ground > darkest + lightest)
+    strongest = darkest if is_light else lightest
+    if abs(strongest - ground) < FAINTEST:
+        kind = "" if background == "auto" else f" on a {background} ground"
+        raise ValueError(
+            f"{file} shows no strokes{kind}: its grey levels go from {darkest:.0f} to "
+            f"{lightest:.0f}, its border is at {ground:.0f}; expected a drawing on a plain ground"
+        )
+    strokes = np.clip((levels - ground) / (strongest - ground), 0, 1) * 255
+    flat = Image.fromarray(strokes.round().astype(np.uint8))
+    square = ImageOps.pad(flat, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square)[..., None], bool(is_light)
+
+
+def check_readable(file: Path) -> None:
+    """Refuses what is no picture by its first bytes, a tiny one, and one too large to unpack.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not file.is_file():  # and not to be opened: a pipe would be waited for
+        raise ValueError(f"{file} is not a file, expected a picture: remove or replace it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                width, height = image.size
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(
+            f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: save it smaller"
+        ) from None
+    except Exception as error:
+        raise _unreadable(file, error) from error
+    if min(width, height) < SMALLEST:
+        raise ValueError(
+            f"{file} is a picture of {width} x {height} pixels, expected at least {SMALLEST} x "
+            f"{SMALLEST}"
+        )
+
+
 def _upright(content: bytes, file: Path, size: int) -> Image.Image:
     """The picture turned as its EXIF orientation says."""
     try:
@@ -34,10 +102,14 @@ def _upright(content: bytes, file: Path, size: int) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes
-        raise ValueError(
-            f"{file} cannot be read as an image ({type(error).__name__}), expected a picture that"
-            " Pillow opens: remove or replace the file"
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{file} cannot be read as an image ({type(error).__name__}), expected a picture that"
+        " Pillow opens: remove or replace the file"
+    )
 
 
 def _flat(image: Image.Image, file: Path) -> Image.Image:

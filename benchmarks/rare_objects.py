@@ -1,0 +1,284 @@
+"""`fomaml-jax adapt` with the network that comes along, on pictures that it was never trained on.
+
+Characters of Omniglot's evaluation alphabets that are in the test split of Vinyals et al. are
+written as PNG pictures, black on white, one folder a character, and read as a user's would be. A
+task is five of them, with one or five examples each, to tell apart in three more pictures of each;
+three pictures of each of five other characters are strangers. Nothing is turned. Each query is
+normalised beside the support set alone. Beside it: the nearest class mean on pixels, and on the
+features of the same network before it was trained. Of "none of these": how many of the known are
+taken for strangers, how many strangers for known, and the chance that a known picture is more alike
+to its nearest class than a stranger (AUROC). Confidence is the mean probability of what is
+predicted for known pictures, to be held against the accuracy. Intervals are over tasks. Times are
+of the compiled functions, one JAX device, medians over tasks; the command is timed whole, in a
+process of its own.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+import fomaml_jax as fj
+from fomaml_jax import classifiers, heads
+from fomaml_jax.batch_statistics import Beside
+from fomaml_jax.datasets import Pictures
+
+QUERIES = 3
+"""Pictures to be judged on, of each class and of each stranger."""
+
+SIZE = 105
+"""Of Omniglot's drawings, which are written as they are."""
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--ways", type=int, default=5)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[200], help="for each of the shots")
+    parser.add_argument("--characters", type=int, help="so many alone; all unless given")
+    parser.add_argument("--parts", nargs="+", choices=["tasks", "command"], default=["tasks"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
+    asked = parser.parse_args()
+    out = asked.out or common.RESULTS / f"rare_objects-{jax.devices()[0].platform}.json"
+    tasks = asked.tasks * len(asked.shots) if len(asked.tasks) == 1 else asked.tasks
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        found = fj.datasets.few_pictures(export(Path(folder), asked.characters))
+        for shots, count in zip(asked.shots, tasks, strict=True):
+            rng = np.random.default_rng((asked.seed, shots))
+            row = before(out, asked.ways, shots)
+            if "tasks" in asked.parts:
+                row |= judged(found, asked.ways, shots, count, rng)
+            if "command" in asked.parts:
+                row |= commanded(found, asked.ways, shots, rng)
+            rows = sorted([*rest(out, asked.ways, shots), row], key=_setting)
+            common.write("rare_objects", rows, out)
+    for name, columns in TABLES.items():
+        print(f"\n{name}\n\n{common.table(columns, rows)}", flush=True)
+
+
+def export(folder: Path, characters: int | None) -> Path:
+    """Writes the drawings as PNG pictures, one folder a character."""
+    test = fj.datasets.omniglot(size=SIZE).test
+    evaluation = fj.datasets.omniglot(split="background").test
+    here = [c for c, name in enumerate(test.names) if name in set(evaluation.names)]
+    for c in here[:characters]:
+        home = folder / test.names[c].replace("/", " ")
+        home.mkdir()
+        for drawer, ink in enumerate(test.images[c, ..., 0], start=1):
+            Image.fromarray(255 - ink).save(home / f"{drawer:02}.png")
+    return folder
+
+
+def drawn(found: Pictures, ways: int, shots: int, rng: np.random.Generator) -> tuple[Any, ...]:
+    """Where in the folder a random task is: support, queries of the same classes, strangers."""
+    assert found.labels is not None
+    classes = rng.choice(len(found.names), 2 * ways, replace=False)
+    places = [rng.permutation(np.flatnonzero(found.labels == c)) for c in classes]
+    support = np.concatenate([of_class[:shots] for of_class in places[:ways]])
+    queries = np.concatenate([of_class[shots : shots + QUERIES] for of_class in places[:ways]])
+    strangers = np.concatenate([of_class[:QUERIES] for of_class in places[ways:]])
+    return support, queries, strangers
+
+
+def judged(
+    found: Pictures, ways: int, shots: int, count: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Mean and interval of everything over random tasks."""
+    classifier = fj.load_classifier("pretrained:omniglot")
+    names = tuple(map(str, range(ways)))
+    plain = jax.jit(lambda x, y: classifier.adapt((x, y), ways=ways))
+    adapt = jax.jit(lambda x, y: fj.adapt_classifier(classifier, (x, y), names=names))
+    predict = jax.jit(fj.AdaptedClassifier.predict)
+    untrained = jax.jit(untrained_features(classifier))
+    y, asked = np.repeat(np.arange(ways), shots), np.repeat(np.arange(ways), QUERIES)
+    per_task, seconds = [], []
+    known = slice(0, len(asked))
+    for _ in range(count):
+        support, *others = drawn(found, ways, shots, rng)
+        x, queries = found.images[support], found.images[np.concatenate(others)]
+        clock = [time.perf_counter()]
+        jax.block_until_ready(plain(x, y))
+        clock.append(time.perf_counter())
+        adapted = jax.block_until_ready(adapt(x, y))
+        clock.append(time.perf_counter())
+        said = jax.device_get(predict(adapted, queries))
+        clock.append(time.perf_counter())
+        seconds.append(np.diff(clock))
+        seen, of_queries = jax.device_get(untrained(x, queries[known]))
+        pixels = x.reshape(len(x), -1) / 255, queries[known].reshape(len(asked), -1) / 255
+        per_task.append(
+            {
+                "accuracy": np.mean(said.probabilities[known].argmax(1) == asked),
+                "pixels": np.mean(nearest_mean(*pixels, y) == asked),
+                "untrained features": np.mean(nearest_mean(seen, of_queries, y) == asked),
+                "known rejected": 1 - said.is_known[known].mean(),
+                "strangers accepted": said.is_known[len(asked) :].mean(),
+                "auroc": auroc(said.similarity[known], said.similarity[len(asked) :]),
+                "confidence": said.probabilities[known].max(1).mean(),
+            }
+        )
+    middle = np.median(np.asarray(seconds)[1:], axis=0) if count > 1 else seconds[0]
+    timed = dict(zip(("adapt", "adapt and calibrate", "predict"), map(float, middle), strict=True))
+    return {
+        "ways": ways,
+        "shots": shots,
+        "tasks": count,
+        "characters": len(found.names),
+        "seconds": timed | {"queries": 2 * len(asked)},
+        **{name: summary([task[name] for task in per_task]) for name in per_task[0]},
+    }
+
+
+def untrained_features(classifier: fj.Classifier) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """What the head would see of support and queries, had the network not been trained."""
+    chosen = classifier.chosen
+    params = classifiers.initial_params(chosen, 2, classifier.picture)
+    size = params["params"][heads.HEAD]["kernel"].shape[0]
+    identity = {"kernel": jnp.eye(size), "bias": jnp.zeros(size)}
+    params = heads.with_head(heads.without_head(params), identity)
+    predict = classifiers.predictor(chosen)
+
+    def features(x, queries):
+        x, queries = (classifiers.as_pictures(part, classifier.picture) for part in (x, queries))
+        return predict(params, x), predict(params, Beside(x, queries))
+
+    return features
+
+
+def nearest_mean(support: np.ndarray, queries: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The class whose mean is nearest to each query."""
+    means = np.stack([support[y == c].mean(0) for c in range(y.max() + 1)])
+    return ((queries[:, None] - means) ** 2).sum(-1).argmin(1)
+
+
+def auroc(known: np.ndarray, strangers: np.ndarray) -> float:
+    """The chance that one of the known is above a stranger, a tie counting half."""
+    apart = np.sign(known[:, None] - strangers)
+    return float((apart + 1).mean() / 2)
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Mean and 95 % interval of the mean."""
+    spread = statistics.stdev(map(float, values)) if len(values) > 1 else 0.0
+    return {
+        "mean": float(statistics.mean(map(float, values))),
+        "ci95": 1.96 * spread / math.sqrt(len(values)),
+    }
+
+
+def commanded(
+    found: Pictures, ways: int, shots: int, rng: np.random.Generator, repeats: int = 3
+) -> dict[str, Any]:
+    """The whole command on random tasks in folders: its seconds, of clock and processor."""
+    timed = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as home:
+            words = task_folders(found, drawn(found, ways, shots, rng), Path(home))
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            start = time.perf_counter()
+            subprocess.run(words, check=True, capture_output=True)
+            clock = time.perf_counter() - start
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            result = json.loads((Path(home) / "out" / "result.json").read_text())
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        timed.append({"clock": clock, "processor": processor, "accuracy": result["accuracy"]})
+    load = os.getloadavg()[0]
+    return {"command": {"runs": timed, "other processes (load average)": load}}
+
+
+def task_folders(found: Pictures, task: tuple[Any, ...], home: Path) -> list[str]:
+    """Copies a task's pictures to folders; the command for it."""
+    support, *others = task
+    for part, places in (("support", support), ("query", np.concatenate(others))):
+        for place in places:
+            file = found.files[place]
+            (home / part / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, home / part / file.parent.name / file.name)
+    program = [sys.executable, "-m", "fomaml_jax", "adapt", "pretrained:omniglot"]
+    folders = [f"--{part}={home / part}" for part in ("support", "query", "out")]
+    return [*program, *folders]
+
+
+def before(path: Path, ways: int, shots: int) -> dict[str, Any]:
+    """The row that was written before for the same setting."""
+    return next((r for r in _rows(path) if (r["ways"], r["shots"]) == (ways, shots)), {})
+
+
+def rest(path: Path, ways: int, shots: int) -> list[dict[str, Any]]:
+    """The rows that were written before for other settings."""
+    return [row for row in _rows(path) if (row["ways"], row["shots"]) != (ways, shots)]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def percent(name: str) -> Callable[[dict[str, Any]], str]:
+    """A cell: mean and interval in percent."""
+    return lambda row: f"{100 * row[name]['mean']:.1f} ± {100 * row[name]['ci95']:.1f}"
+
+
+def _setting(row: dict[str, Any]) -> str:
+    return f"{row['ways']}-way {row['shots']}-shot"
+
+
+def _of_command(row: dict[str, Any], clock: str) -> str:
+    runs = row.get("command", {}).get("runs", [])
+    return f"{statistics.median(run[clock] for run in runs):.1f}" if runs else "-"
+
+
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+
+TABLES: dict[str, Columns] = {
+    "Accuracy, %, of known pictures:": {
+        "setting": _setting,
+        "adapted": percent("accuracy"),
+        "its confidence": percent("confidence"),
+        "class mean, pixels": percent("pixels"),
+        "class mean, untrained features": percent("untrained features"),
+        "tasks": lambda row: str(row["tasks"]),
+    },
+    "None of these, %:": {
+        "setting": _setting,
+        "known rejected": percent("known rejected"),
+        "strangers accepted": percent("strangers accepted"),
+        "AUROC": percent("auroc"),
+    },
+    "Time:": {
+        "setting": _setting,
+        "adapt, ms": lambda row: f"{1e3 * row['seconds']['adapt']:.0f}",
+        "with threshold, ms": lambda row: f"{1e3 * row['seconds']['adapt and calibrate']:.0f}",
+        "predict, ms": lambda row: f"{1e3 * row['seconds']['predict']:.0f}",
+        "pictures": lambda row: str(row["seconds"]["queries"]),
+        "command, s": lambda row: _of_command(row, "clock"),
+        "of processor, s": lambda row: _of_command(row, "processor"),
+    },
+}
+
+
+def page(rows: list[dict[str, Any]]) -> list[str]:
+    """The tables of the page."""
+    return [f"{name}\n\n{common.table(columns, rows)}" for name, columns in TABLES.items()]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""An adapted classifier in one file, which needs neither the run nor the support folder."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fomaml_jax import options, runs
+from fomaml_jax.classifiers import initial_params
+from fomaml_jax.heads import HEAD
+from fomaml_jax.recognition import AdaptedClassifier, Calibration
+
+ABOUT = "about"
+KIND = "adapted classifier, 1"
+"""What such a file says it is; the number goes up when it comes to hold other things."""
+
+_EXPECTED = "expected what fomaml-jax adapt --save or fj.save_adapted has written"
+
+
+def save_adapted(adapted: AdaptedClassifier, path: str | os.PathLike[str]) -> None:
+    """Writes an adapted classifier, whole or not at all, over what was there.
+
+    The support pictures go along: each later picture is normalised beside them.
+
+    Args:
+        adapted: what `fj.adapt_classifier` returned.
+        path: the file, in NumPy's format of many arrays.
+
+    Raises:
+        OSError: where it cannot be written.
+
+    Example:
+        >>> import pathlib, tempfile, numpy as np, fomaml_jax as fj
+        >>> classifier = fj.load_classifier("pretrained:omniglot")
+        >>> pictures = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), np.uint8)
+        >>> adapted = fj.adapt_classifier(classifier, (pictures, np.arange(2)), names=("a", "b"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fj.save_adapted(adapted, pathlib.Path(folder, "mine.npz"))
+        ...     fj.load_adapted(pathlib.Path(folder, "mine.npz")).names
+        ('a', 'b')
+    """
+    about = {
+        "kind": KIND,
+        "config": options.to_json(adapted.chosen),
+        "picture": adapted.picture,
+        "names": adapted.names,
+        "background": adapted.background,
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with runs.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **{ABOUT: np.asarray(json.dumps(about))}, **runs.by_key_path(adapted))
+
+
+def load_adapted(path: str | os.PathLike[str]) -> AdaptedClassifier:
+    """Reads what `save_adapted` wrote.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: where it is missing, damaged, or of another kind.
+
+    Example:
+        >>> import fomaml_jax as fj
+        >>> fj.load_adapted("nowhere.npz")
+        Traceback (most recent call last):
+        ...
+        ValueError: nowhere.npz is not a file, expected what fomaml-jax adapt --save or
+        fj.save_adapted has written
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file, {_EXPECTED}")
+    try:
+        saved = runs.read_arrays(path)
+    except ValueError:
+        raise ValueError(f"{path} is damaged, or of another kind: {_EXPECTED}") from None
+    try:
+        about = json.loads(str(saved.pop(ABOUT)))
+        if about["kind"] != KIND:
+            raise ValueError
+        return runs.fitted(path, saved, _like(about, saved))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        said = f" ({error})" if str(error).startswith(str(path)) else ""
+        raise ValueError(f"{path} is of another kind: {_EXPECTED}{said}") from None
+
+
+def _like(about: dict[str, Any], saved: dict[str, np.ndarray]) -> Any:
+    """What is expected of the file, in shapes and dtypes."""
+    chosen = options.from_json(about["config"])
+    if not isinstance(chosen, options.ImageOptions):
+        raise ValueError("a network without classes")
+    picture, names = tuple(about["picture"]), tuple(about["names"])
+    ways = chosen.ways if chosen.head == "learned" else len(names)
+    params = jax.eval_shape(lambda: initial_params(chosen, ways, picture))
+    features = params["params"][HEAD]["kernel"].shape[0]
+    pictures, labels = (saved[f".support[{i}]"] for i in range(2))
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return AdaptedClassifier(
+        chosen,
+        picture,
+        names,
+        params,
+        (array((len(labels), *picture), pictures.dtype), array(labels.shape, labels.dtype)),
+        array((len(names), features)),  # type: ignore[arg-type]
+        Calibration(*[array(())] * 3),  # type: ignore[arg-type]
+        about["background"],
+    )

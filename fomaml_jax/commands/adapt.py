@@ -1,0 +1,105 @@
+"""`fomaml-jax adapt`: a trained network on classes of the user's own, from a few pictures."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from tyro.conf import Positional
+
+from fomaml_jax.adapted_files import save_adapted
+from fomaml_jax.classifiers import Classifier, load_classifier
+from fomaml_jax.commands.endings import plain_warnings, refusing
+from fomaml_jax.commands.recognising import Recognise, check_out, how_read, read, recognise
+from fomaml_jax.commands.words import parse
+from fomaml_jax.datasets import Pictures
+from fomaml_jax.devices import keep_compiled_programs
+from fomaml_jax.recognition import (
+    NONE,
+    AdaptedClassifier,
+    Background,
+    adapt_classifier,
+    background_of,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapt(Recognise):
+    """Adapts a trained network to your own classes, and recognises them in other pictures."""
+
+    run: Positional[Path]
+    """The folder that training wrote, or pretrained:omniglot."""
+    support: Path
+    """Folder with one folder a class, each with one picture or more."""
+    query: Path | None = None
+    """Folder of the pictures to be recognised, or of class folders, for the accuracy to be told."""
+    save: Path | None = None
+    """File for the adapted classifier, for fomaml-jax predict."""
+    background: Literal["auto", "light", "dark"] | None = None
+    """Of drawings: light (they are inverted), dark, or found at the border of each picture, as it
+    is unless given."""
+
+
+def main(words: list[str]) -> None:
+    """Adapts, as the words after `adapt` say."""
+    asked = parse(Adapt, "fomaml-jax adapt", words)
+    with refusing(), plain_warnings():
+        folder = asked.folder
+        _check_places(asked, folder)
+        keep_compiled_programs(asked.compilation_cache)
+        classifier = load_classifier(asked.run)
+        background = asked.background or background_of(classifier)
+        support = _support(asked.support, classifier, background)
+        adapted = _adapted(classifier, support, background)
+        print(_shown(support, background))
+        if asked.save is not None:
+            save_adapted(adapted, asked.save)
+            print(f"The adapted classifier is in {asked.save}: fomaml-jax predict {asked.save}")
+        if asked.query is not None:
+            recognise(adapted, asked.query, asked, folder)
+
+
+def _check_places(asked: Adapt, folder: Path) -> None:
+    """Refuses what could not be written in the end."""
+    if asked.query is None and asked.save is None:
+        raise ValueError("pass --query with pictures to recognise, --save with a file, or both")
+    if asked.query is not None:
+        check_out(folder, overwrite=asked.overwrite)
+    if asked.save is not None and asked.save.is_dir():
+        raise ValueError(f"{asked.save} is a folder; pass --save with a file")
+    if asked.save is not None and asked.save.exists() and not asked.overwrite:
+        raise ValueError(f"{asked.save} is there already; pass another --save, or --overwrite")
+
+
+def _support(folder: Path, classifier: Classifier, background: Background) -> Pictures:
+    """The labelled pictures."""
+    found = read(folder, classifier.chosen, background)
+    if found.labels is None:
+        raise ValueError(
+            f"{folder} holds pictures and no class folders: put those of each class into a folder "
+            "of its name"
+        )
+    if NONE in found.names:
+        raise ValueError(f'{folder} has a class called "{NONE}", which is found out without one')
+    return found
+
+
+def _adapted(
+    classifier: Classifier, support: Pictures, background: Background
+) -> AdaptedClassifier:
+    def adapt(x: np.ndarray, y: np.ndarray) -> AdaptedClassifier:
+        return adapt_classifier(classifier, (x, y), names=support.names, background=background)
+
+    assert support.labels is not None
+    return jax.block_until_ready(jax.jit(adapt)(support.images, support.labels))
+
+
+def _shown(support: Pictures, background: Background) -> str:
+    counts = np.bincount(np.asarray(support.labels))
+    few, many = int(counts.min()), int(counts.max())
+    each = f"{few}" if few == many else f"{few} to {many}"
+    return (
+        f"{len(support.names)} classes by {each} example{'s' * (many > 1)} each "
+        f"({how_read(support, background)})"
+    )

@@ -1,0 +1,32 @@
+"""`fomaml-jax predict`: a classifier that was adapted before, on more pictures."""
+
+import dataclasses
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from fomaml_jax.adapted_files import load_adapted
+from fomaml_jax.commands.endings import plain_warnings, refusing
+from fomaml_jax.commands.recognising import Recognise, check_out, recognise
+from fomaml_jax.commands.words import parse
+from fomaml_jax.devices import keep_compiled_programs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predict(Recognise):
+    """Recognises pictures by a classifier that fomaml-jax adapt --save has kept."""
+
+    adapted: Positional[Path]
+    """The file that it wrote."""
+    query: Path
+    """Folder of the pictures to be recognised, or of class folders, for the accuracy to be told."""
+
+
+def main(words: list[str]) -> None:
+    """Predicts, as the words after `predict` say."""
+    asked = parse(Predict, "fomaml-jax predict", words)
+    with refusing(), plain_warnings():
+        folder = asked.folder
+        check_out(folder, overwrite=asked.overwrite)
+        keep_compiled_programs(asked.compilation_cache)
+        recognise(load_adapted(asked.adapted), asked.query, asked, folder)

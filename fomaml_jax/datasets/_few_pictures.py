@@ -1,0 +1,113 @@
+"""A folder of a few pictures, as a trained network was shown its own."""
+
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from fomaml_jax.datasets._checks import check_choice, check_folder, cli_extra, whole_number
+from fomaml_jax.datasets._class_folders import list_classes, visible
+
+_EXPECTED = "a folder of pictures, or of one folder a class"
+
+
+class Pictures(NamedTuple):
+    """Pictures of a folder.
+
+    Attributes:
+        images: `[n, size, size, channels]` uint8.
+        files: where each comes from.
+        labels: `[n]` int32, the class of each, or None of a flat folder.
+        names: of the classes, sorted.
+        inverted: how many had dark strokes on a light ground.
+    """
+
+    images: np.ndarray
+    files: tuple[Path, ...]
+    labels: np.ndarray | None
+    names: tuple[str, ...]
+    inverted: int
+
+
+def few_pictures(
+    path: str | os.PathLike[str],
+    *,
+    size: int = 28,
+    channels: Literal[1, 3] = 1,
+    background: Literal["auto", "light", "dark", "as is"] = "auto",
+) -> Pictures:
+    """Reads a flat folder of pictures, or one of class folders, in any format that Pillow opens.
+
+    Drawings become strokes of 255 on 0, as in Omniglot and the glyphs: the ground is found at the
+    border, light or dark; ground and strongest stroke are stretched to the full range; and what is
+    not square is put on a square of ground. With a background "as is", pictures are read as
+    `image_folder` reads them, in colour too.
+
+    Args:
+        path: the folder. Hidden files are ignored.
+        size: height and width of the images.
+        channels: 1 for grey, or 3 for colour, which is read as it is.
+        background: of drawings: "light", "dark", or found for each picture ("auto"); or "as is".
+
+    Returns:
+        `Pictures`, sorted by class and file name.
+
+    Raises:
+        ImportError: Pillow is missing.
+        FileNotFoundError: a missing folder, one without pictures, or an empty class folder.
+        NotADirectoryError: `path` is a file.
+        ValueError: pictures beside class folders; a file that is no picture, a picture of fewer
+            than 8 x 8 pixels or too many to unpack, one without strokes; an option out of range.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from PIL import Image, ImageDraw
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     drawing = Image.new("L", (80, 60), "white")
+        ...     ImageDraw.Draw(drawing).line((20, 30, 60, 30), "black", 5)
+        ...     drawing.save(pathlib.Path(folder, "dash.png"))
+        ...     found = few_pictures(folder)
+        >>> found.images.shape, found.images[0, 0, 0, 0], found.images.max(), found.inverted
+        ((1, 28, 28, 1), 0, 255, 1)
+    """
+    check_choice("channels", channels, (1, 3))
+    check_choice("background", background, ("auto", "light", "dark", "as is"))
+    size = whole_number("size", size, at_least=1)
+    if channels == 3 and background != "as is":
+        raise ValueError(f"background={background!r} is of drawings in grey: pass 'as is'")
+    folder = Path(path).expanduser()
+    check_folder(folder, _EXPECTED)
+    classes = _classes_in(folder)
+    files = tuple(file for examples in classes.values() for file in examples)
+    with cli_extra("few_pictures()"):
+        from fomaml_jax.datasets import _image_file
+    images, inverted = np.zeros((len(files), size, size, channels), np.uint8), 0
+    for place, file in enumerate(files):
+        _image_file.check_readable(file)
+        if background == "as is":
+            images[place], _ = _image_file.read_image(file, size, channels)
+        else:
+            images[place], dark = _image_file.read_strokes(file, size, background)
+            inverted += dark
+    labels = None
+    if "" not in classes:
+        counts = [len(examples) for examples in classes.values()]
+        labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return Pictures(images, files, labels, tuple(filter(None, classes)), inverted)
+
+
+def _classes_in(folder: Path) -> dict[str, list[Path]]:
+    """The files of each class, or of a flat folder those of the class without a name."""
+    there = visible(folder)
+    if not there:
+        raise FileNotFoundError(f"{folder} holds no pictures, expected {_EXPECTED}")
+    folders = [entry for entry in there if entry.is_dir()]
+    if not folders:
+        return {"": there}
+    if len(folders) < len(there):
+        stray = next(entry for entry in there if not entry.is_dir())
+        raise ValueError(
+            f"{folder} holds the file {stray.name} beside class folders, expected {_EXPECTED}"
+        )
+    return {name: list(examples) for name, examples in list_classes(folder).items()}

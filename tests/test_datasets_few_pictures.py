@@ -1,0 +1,117 @@
+"""A user's pictures, as a network was shown its own."""
+
+import re
+
+import numpy as np
+import pytest
+from few_shot_runs import draw, draw_folder
+from PIL import Image
+
+from fomaml_jax.datasets import _image_file, few_pictures
+from fomaml_jax.datasets._image_file import read_image
+
+
+def strokes(picture, folder, **how):
+    """The grey levels that are read of one picture."""
+    folder.mkdir(exist_ok=True)
+    picture.save(folder / "drawing.png")
+    return few_pictures(folder, **how).images[0, ..., 0].astype(float)
+
+
+@pytest.fixture
+def drawing():
+    """As large as Omniglot's."""
+    return draw("cross", np.random.default_rng(0), side=105)
+
+
+def test_black_on_white_is_read_as_omniglot_is(drawing, tmp_path):
+    """Grey first, then made smaller, then turned: as in the MAML authors' data, but smooth."""
+    smaller = drawing.convert("1").convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+    found = strokes(drawing.convert("1"), tmp_path / "one bit")
+    assert np.abs(found - (255 - np.asarray(smaller, float))).max() <= 1
+    assert found.max() > 250
+
+
+@pytest.mark.parametrize(("ground", "pen"), [(0, 255), (190, 60), (90, 220)])
+def test_paper_and_pen_of_any_shade_come_to_the_same(ground, pen, drawing, tmp_path):
+    other = draw("cross", np.random.default_rng(0), side=105, ground=ground, pen=pen)
+    found = strokes(other, tmp_path / "other")
+    assert np.abs(found - strokes(drawing, tmp_path / "black")).max() <= 2
+
+
+def test_the_ground_may_be_told(drawing, tmp_path):
+    by_itself = strokes(drawing, tmp_path)
+    np.testing.assert_array_equal(strokes(drawing, tmp_path, background="light"), by_itself)
+    with pytest.raises(ValueError, match=r"shows no strokes on a dark ground: .* from 0 to 255"):
+        few_pictures(tmp_path, background="dark")
+
+
+def test_how_many_were_inverted(tmp_path):
+    draw_folder(tmp_path, ["ring"], 2)
+    draw_folder(tmp_path / "more", ["dash"], 3, ground=0, pen=255)
+    (tmp_path / "more" / "dash").rename(tmp_path / "dash")
+    (tmp_path / "more").rmdir()
+    found = few_pictures(tmp_path)
+    assert (found.inverted, found.names) == (2, ("dash", "ring"))
+    np.testing.assert_array_equal(found.labels, [0, 0, 0, 1, 1])
+    assert [file.parent.name for file in found.files] == ["dash"] * 3 + ["ring"] * 2
+
+
+def test_a_wide_drawing_is_put_on_a_square_of_its_ground(tmp_path):
+    """Nothing is cut off, where `image_folder` keeps the middle alone."""
+    picture = Image.new("L", (120, 60), 200)
+    picture.paste(20, (4, 26, 116, 34))
+    found = strokes(picture, tmp_path)
+    assert (found > 128).any(0).sum() in (26, 27)  # of 28 columns, 112 of 120
+    assert found[:7].max() == found[-7:].max() == 0
+
+
+def test_a_large_photograph_is_read_as_a_small_one(tmp_path):
+    rng = np.random.default_rng(3)
+    large = draw("ring", np.random.default_rng(0), side=1400)
+    grain = rng.normal(0, 12, (1400, 1400))
+    levels = np.clip(0.6 * np.asarray(large, float) + 50 + grain, 0, 255)
+    found = strokes(Image.fromarray(levels.astype(np.uint8)), tmp_path / "large")
+    small = strokes(draw("ring", np.random.default_rng(0), side=1400), tmp_path / "clean")
+    assert np.abs(found - small).mean() < 6
+
+
+def test_pictures_as_they_are_are_those_of_an_image_folder(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "colour.png")
+    found = few_pictures(tmp_path, size=16, channels=3, background="as is")
+    np.testing.assert_array_equal(found.images[0], read_image(tmp_path / "colour.png", 16, 3)[0])
+    assert (found.labels, found.names, found.inverted) == (None, (), 0)
+
+
+def refused(folder, message, error=ValueError, **how):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        few_pictures(folder, **how)
+
+
+def test_refusals(drawing, tmp_path, monkeypatch):
+    refused(tmp_path / "no", f"{tmp_path / 'no'} does not exist, expected", FileNotFoundError)
+    refused(tmp_path, f"{tmp_path} holds no pictures, expected a folder of", FileNotFoundError)
+    file = tmp_path / "a.png"
+    file.write_text("hello")
+    refused(tmp_path, f"{file} cannot be read as an image (UnidentifiedImageError)")
+    refused(file, f"{file} is not a folder", NotADirectoryError)
+    (tmp_path / "class").mkdir()
+    refused(tmp_path, f"{tmp_path} holds the file a.png beside class folders")
+    file.unlink()
+    refused(tmp_path, f"{tmp_path / 'class'} is empty, expected the images", FileNotFoundError)
+    (tmp_path / "class").rmdir()
+    drawing.resize((7, 40)).save(file)
+    refused(tmp_path, f"{file} is a picture of 7 x 40 pixels, expected at least 8 x 8")
+    Image.new("L", (20, 20), 77).save(file)
+    refused(tmp_path, f"{file} shows no strokes: its grey levels go from 77 to 77")
+    drawing.save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    refused(tmp_path, f"{file} cannot be read as an image (OSError)")
+    drawing.save(file)
+    monkeypatch.setattr(_image_file.Image, "MAX_IMAGE_PIXELS", 1000)
+    refused(tmp_path, f"{file} has more than 1,000 pixels: save it smaller")
+    refused(tmp_path, "background='auto' is of drawings in grey", channels=3)
+    refused(tmp_path, "background='white' must be one of", background="white")
+    refused(tmp_path, "channels=2 must be one of 1, 3", channels=2)
