@@ -4,7 +4,7 @@ from fomaml_jax import batch_statistics, datasets, models, rates, schedules, tas
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.convolutions import matmul_convolutions
-from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
+from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on, paired_difference
 from fomaml_jax.learned_rates import WithRates, learned_rates, meta_sgd
 from fomaml_jax.learner import (
     MetaLearner,
@@ -64,6 +64,7 @@ __all__ = [
     "datasets",
     "diagnose",
     "evaluate",
+    "evaluate_on",
     "fomaml",
     "learned_rates",
     "load_classifier",

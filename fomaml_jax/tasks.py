@@ -9,6 +9,8 @@ import numpy as np
 from jax.core import Tracer
 
 from fomaml_jax import refusals
+from fomaml_jax.groups import each_group as each_group
+from fomaml_jax.groups import from_groups as from_groups
 from fomaml_jax.types import Task
 
 TaskDistribution = Callable[[jax.Array], Task]
