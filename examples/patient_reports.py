@@ -2,9 +2,65 @@
 
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from patient_baselines import later_error as absolute_errors_of
+from patient_baselines import later_error
+from patient_models import cross_validate, ensemble
+
+
+class Judged(NamedTuple):
+    """A comparison: plain JSON, predictions by name, and half the width of the 90% intervals."""
+
+    result: dict[str, Any]
+    predicted: dict[str, np.ndarray]
+    half: np.ndarray
+
+
+def judge(model, patients, train, unseen, usual, steps, seeds):
+    """Meta-trains, and compares with the predictions of others on the same patients.
+
+    What the given rows weigh is chosen in every split by cross-validation over its training
+    patients, whose held-out errors are the width of the intervals too.
+
+    Args:
+        model: a `Model`.
+        patients: everybody's rows.
+        train: `[splits, m]`, who is trained on.
+        unseen: `[splits, n]`, who is judged on.
+        usual: predictions `[splits, n, rows]` of others, by name.
+        steps: outer steps.
+        seeds: meta-trainings whose mean is the prediction.
+    """
+    shots, counts = model.shots, patients.counts
+    held, cross = cross_validate(model, patients, train, steps)
+    scores = later_error(patients.y[held], cross, counts[held], shots).mean(-1)
+    choice = scores.argmin(0)  # one for each split
+    strengths = np.array(model.strengths)[choice]
+    found = ensemble(model, patients, train, unseen, strengths, steps, seeds)
+    predicted = {
+        "meta-learned": found[:, :, 1].mean(0),
+        "meta-learned, one seed": found[0, :, 1],
+        "population model, not adapted": found[:, :, 0].mean(0),
+    } | usual
+    errors = {
+        name: later_error(patients.y[unseen], p, counts[unseen], shots)
+        for name, p in predicted.items()
+    }
+    half = half_widths(patients, held, cross[choice, np.arange(len(train))], shots)
+    ours, spread = predicted["meta-learned"], found[:, :, 1].std(0)
+    result = {
+        "splits": len(train),
+        "trained_on": train.shape[1],
+        "seeds": seeds,
+        "steps": steps,
+        "strengths_chosen": strengths.tolist(),
+        "error_of_held_out_training_patients": scores.min(0).mean().item(),
+        "coverage_of_the_90_percent_intervals": coverage(patients, unseen, ours, half, shots),
+        "half_width_of_the_90_percent_intervals": half.mean().item(),
+        "coverage_of_the_ensemble_alone": coverage(patients, unseen, ours, 1.645 * spread, shots),
+    }
+    return Judged(summary(errors, unseen, patients.names) | result, predicted, half)
 
 
 def find(data, name, parser):
@@ -19,11 +75,6 @@ def orders(patients, splits, seed=0):
     """Random orders of the patients, `[splits, patients]`, to be cut in two."""
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(patients) for _ in range(splits)])
-
-
-def absolute_errors(y, predicted, counts, shots):
-    """Mean absolute error of each patient's later rows."""
-    return absolute_errors_of(y, predicted, counts, shots)
 
 
 def _by_patient(values, unseen):
@@ -81,7 +132,7 @@ def text(result):
         beside = f"   ours - this {apart['mean']:+.3f} ± {apart['ci95']:.3f}" if apart else ""
         lines.append(f"  {name:<34}{row['mean']:7.3f} ± {row['ci95']:.3f}{beside}")
     for name in result:
-        if name.startswith("coverage") and result[name] is not None:
+        if name.startswith("coverage"):
             lines.append(f"  {name.replace('_', ' ')}: {100 * result[name]:.1f} %")
     return "\n".join(lines)
 
@@ -123,21 +174,21 @@ def coverage(patients, unseen, predicted, half, shots):
     return (inside.sum(-1) / later.sum(-1)).mean().item()
 
 
-def draw(path, *, times, patients, unseen, curves, half, shots, labels, most=12):
-    """A panel a patient: rows given, rows to predict, predictions, and the 90% band of the first."""
+def draw(path, judged, patients, unseen, *, against, times, labels, most=12):
+    """The first split's patients: rows given, rows to predict, two predictions, 90% intervals."""
     from matplotlib.figure import Figure
 
-    shown = unseen[:most]
+    shown, shots = unseen[:most], 5
     figure = Figure(figsize=(10, 2.1 * -(-len(shown) // 4)), layout="constrained")
     panels = np.ravel(figure.subplots(-(-len(shown) // 4), 4, squeeze=False))
+    colours = {"meta-learned": "#c2410c", against: "#1d4ed8"}
     for place, (patient, axes) in enumerate(zip(shown, panels, strict=False)):
         count = patients.counts[patient]
         x, y = times[patient, :count], patients.y[patient, :count]
-        for (name, curve), colour in zip(curves.items(), ("#c2410c", "#1d4ed8"), strict=False):
-            axes.plot(x, curve[place, :count], color=colour, lw=1.2, label=name)
-        ours = next(iter(curves.values()))[place, :count]
-        width = np.broadcast_to(half, (1, len(ours)))[0]
-        axes.fill_between(x, ours - width, ours + width, color="#c2410c", alpha=0.12, lw=0)
+        for name, colour in colours.items():
+            axes.plot(x, judged.predicted[name][0, place, :count], color=colour, lw=1, label=name)
+        ours, half = judged.predicted["meta-learned"][0, place, :count], judged.half[0, 0, 0]
+        axes.fill_between(x, ours - half, ours + half, color="#c2410c", alpha=0.12, lw=0)
         axes.plot(x[:shots], y[:shots], "^", color="#222222", ms=4, label="given")
         axes.plot(x[shots:], y[shots:], ".", color="#15803d", ms=3, label="to predict")
         axes.set_title(f"patient {patients.names[patient]}", fontsize=8)
