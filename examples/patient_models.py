@@ -61,6 +61,11 @@ def is_patient(path: str) -> bool:
     return path == "patient"
 
 
+def everybody_alike(shared: fj.WithRates) -> fj.WithRates:
+    """What is not meta-learned: all start from the population, whose mean is zero."""
+    return fj.WithRates({name: is_patient(name) for name in shared.params}, False)
+
+
 def inner(log_rate: jax.Array) -> optax.GradientTransformation:
     """Gradient descent at a learned rate."""
     return optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(jnp.exp(log_rate)))
@@ -88,7 +93,10 @@ def fit_and_predict(model, patients, train, unseen, key, strength, *, steps):
         fj.over_tasks(
             fj.learned_rates(loss, inner, INNER_STEPS, trainable=is_patient), tasks_at_once=None
         ),
-        optax.adam(optax.cosine_decay_schedule(1e-2, steps, alpha=0.01)),
+        optax.chain(
+            optax.adam(optax.cosine_decay_schedule(1e-2, steps, alpha=0.01)),
+            optax.masked(optax.set_to_zero(), everybody_alike),
+        ),
     )
 
     def step(state, _):

@@ -87,7 +87,7 @@ def score(params, x):
 def penalty(params):
     """What age, sex and voice say must explain a good deal before it is believed."""
     said = (params[name] for name in ("level_about", "drift_about", "voice"))
-    return 0.05 * sum(jnp.sum(x**2) for x in said)
+    return 3e-3 * sum(jnp.sum(x**2) for x in said)
 
 
 def standardise(x, train):
@@ -102,7 +102,7 @@ MODEL = Model(
     penalty=penalty,
     standardise=standardise,
     queries=20,
-    strengths=(10.0, 30.0, 100.0),
+    strengths=(30.0, 100.0),
     delta=0.5,
     unit=10.0,
 )

@@ -85,7 +85,7 @@ def first_params(key):
 
 def penalty(params):
     """What people are must explain a good deal before it is believed."""
-    return 0.05 * jnp.sum(params["about"] ** 2)
+    return 1e-3 * jnp.sum(params["about"] ** 2)
 
 
 def standardise(x, train):
@@ -100,7 +100,7 @@ MODEL = Model(
     penalty=penalty,
     standardise=standardise,
     queries=None,
-    strengths=(30.0, 60.0, 120.0),
+    strengths=(60.0, 120.0),
     delta=0.2,
 )
 
