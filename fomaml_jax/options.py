@@ -242,6 +242,8 @@ class Table(Options):
     """Rows to adapt on, the first of a group."""
     queries: int = 20
     """Rows to be judged on while training, random later ones; all of them in the evaluation."""
+    eval_tasks: int = 1000
+    """Means nothing here: every unseen group is judged, once."""
     steps: int = 2000
     tasks_per_step: int = 8
     inner_steps: int = 5
