@@ -41,7 +41,10 @@ def of_tables(x, y, counts, train, unseen, shots, *, second_order=True, boosted=
     if boosted and importlib.util.find_spec("sklearn"):
         models["gradient boosting"] = _boosting(x)
     elif boosted:
-        print("gradient boosting is left out: it needs scikit-learn (pip install scikit-learn)")
+        print(
+            "gradient boosting is left out: it needs scikit-learn "
+            "(pip install 'fomaml-jax[patients]')"
+        )
     for name, fit in models.items():
         each = [
             _with_offsets(fit, y, counts, t, u, shots) for t, u in zip(train, unseen, strict=True)
@@ -119,10 +122,12 @@ def _ridge(x, expanded):
 
 def _boosting(x):
     def fit(y, counts, groups):
-        from sklearn.ensemble import HistGradientBoostingRegressor
+        from sklearn import ensemble  # pyright: ignore[reportMissingImports]
 
         inputs, targets = _real(x, y, counts, groups)
-        model = HistGradientBoostingRegressor(learning_rate=0.05, max_iter=200, random_state=0)
+        model = ensemble.HistGradientBoostingRegressor(
+            learning_rate=0.05, max_iter=200, random_state=0
+        )
         model.fit(inputs, targets)
         return lambda others: model.predict(x[others].reshape(-1, x.shape[-1])).reshape(
             len(others), -1
@@ -145,7 +150,7 @@ def mixed_effects(x, y, counts, train, unseen, shots, *, fixed):
         shots: as for `of_tables`.
         fixed: how many of the features, the first ones, have fixed effects.
     """
-    from statsmodels.regression.mixed_linear_model import MixedLM
+    from statsmodels.regression import mixed_linear_model  # pyright: ignore[reportMissingImports]
 
     found = np.empty((*unseen.shape, y.shape[1]))
     for s, (known, new) in enumerate(zip(train, unseen, strict=True)):
@@ -160,7 +165,7 @@ def mixed_effects(x, y, counts, train, unseen, shots, *, fixed):
         whose = np.repeat(known, counts[known])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a variance is near its boundary
-            fitted = MixedLM(targets, matrix, whose, exog_re=matrix[:, :2]).fit()
+            fitted = mixed_linear_model.MixedLM(targets, matrix, whose, exog_re=matrix[:, :2]).fit()
         between, within = np.asarray(fitted.cov_re), float(fitted.scale)
         plain = design(x[new]) @ fitted.fe_params
         for i, p in enumerate(new):
@@ -184,9 +189,12 @@ def fine_tuned(x, y, counts, train, unseen, shots, steps):
     net = fj.models.mlp(hidden=(32, 32))
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
 
+    def outputs(params, x):
+        return jnp.asarray(net.apply(params, x))[..., 0]
+
     def loss_fn(params, batch):
         (x, y), weights = batch
-        return fj.uneven.weighted_mean((net.apply(params, x)[..., 0] - y) ** 2, weights)
+        return fj.uneven.weighted_mean((outputs(params, x) - y) ** 2, weights)
 
     def trained(groups):
         meta_gradient = fj.fomaml(loss_fn, optax.identity(), 0)  # no step: joint training
@@ -222,7 +230,7 @@ def fine_tuned(x, y, counts, train, unseen, shots, steps):
         def of(rate, p):
             support = (inputs[p, :shots], targets[p, :shots]), jnp.ones(shots)
             own, _ = fj.adapt(loss_fn, params, support, optax.sgd(rate), 10)
-            return first.mean() + first.std() * net.apply(own, inputs[p])[..., 0]
+            return first.mean() + first.std() * outputs(own, inputs[p])
 
         return jax.lax.map(lambda rate: jax.vmap(lambda p: of(rate, p))(others), jnp.array(RATES))
 

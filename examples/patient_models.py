@@ -125,7 +125,7 @@ def all_at_once(model, patients, train, unseen, keys, strengths, steps):
     """`fit_and_predict` for many trainings in one program: `[trainings, 2, n, rows]`."""
     x, y = (jnp.asarray(a, jnp.float32) for a in (patients.x, patients.y))
     there = patients._replace(x=x, y=y, counts=jnp.asarray(patients.counts))
-    fit = jax.vmap(lambda *each: fit_and_predict(model, there, *each, steps=steps))
+    fit = jax.vmap(functools.partial(fit_and_predict, model, there, steps=steps))
     return np.asarray(jax.jit(fit)(train, unseen, keys, jnp.asarray(strengths, jnp.float32)))
 
 
@@ -146,9 +146,9 @@ def cross_validate(model, patients, train, steps):
     held = train[:, : m // FOLDS * FOLDS].reshape(splits, FOLDS, -1)
     others = [[np.setdiff1d(train[s], held[s, f]) for f in range(FOLDS)] for s in range(splits)]
     count, strengths = splits * FOLDS, model.strengths
-    repeated = [np.tile(np.reshape(a, (count, -1)), (len(strengths), 1)) for a in (others, held)]
+    known, new = (np.tile(np.reshape(a, (count, -1)), (len(strengths), 1)) for a in (others, held))
     keys = jnp.broadcast_to(jax.random.key(0), (count * len(strengths),))
-    found = all_at_once(model, patients, *repeated, keys, np.repeat(strengths, count), steps)
+    found = all_at_once(model, patients, known, new, keys, np.repeat(strengths, count), steps)
     kept = held.reshape(splits, -1)
     return kept, found[:, 1].reshape(len(strengths), *kept.shape, -1)
 
@@ -156,6 +156,6 @@ def cross_validate(model, patients, train, steps):
 def ensemble(model, patients, train, unseen, strengths, steps, seeds):
     """Predictions `[seeds, splits, 2, n, rows]` of as many meta-trainings as seeds."""
     keys = jnp.repeat(jax.random.split(jax.random.key(1), seeds), len(train))
-    repeated = [np.tile(a, (seeds, 1)) for a in (train, unseen)]
-    found = all_at_once(model, patients, *repeated, keys, np.tile(strengths, seeds), steps)
+    known, new = (np.tile(a, (seeds, 1)) for a in (train, unseen))
+    found = all_at_once(model, patients, known, new, keys, np.tile(strengths, seeds), steps)
     return found.reshape(seeds, len(train), *found.shape[1:])

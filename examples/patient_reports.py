@@ -65,9 +65,12 @@ def judge(model, patients, train, unseen, usual, steps, seeds):
 
 def find(data, name, parser):
     """A file in a folder, else in $FOMAML_JAX_DATA."""
-    folder = data or os.environ.get("FOMAML_JAX_DATA")
-    if not folder or not (path := Path(folder).expanduser() / name).is_file():
-        parser.error(f"--data or $FOMAML_JAX_DATA must be a folder that holds {name}, got {folder}")
+    folder = data or os.environ.get("FOMAML_JAX_DATA", "")
+    path = Path(folder).expanduser() / name
+    if not folder or not path.is_file():
+        parser.error(
+            f"--data or $FOMAML_JAX_DATA must be a folder that holds {name}, got {folder or None}"
+        )
     return path
 
 

@@ -15,12 +15,13 @@ a split at random inside of a patient, in which later scores surround a given on
 
 Run it: python examples/patients.py --data FOLDER
 where FOLDER/parkinsons/parkinsons_updrs.csv is, or without to use $FOMAML_JAX_DATA.
-The mixed-effects models among the baselines need statsmodels (pip install statsmodels).
+The mixed-effects models among the baselines need statsmodels (pip install 'fomaml-jax[patients]')
+and are left out without.
 
 This may not be used to judge how a patient fares, to change a treatment, or in the place of a
-visit: 42 volunteers of one trial without treatment at an early stage, scores that are interpolated,
-and an error as large as the change in half a year that it should find. It says what a score may
-be if nothing happens; it cannot notice that something did.
+visit: 42 volunteers of one trial at an early stage, scores that are interpolated, and an error as
+large as the change in half a year that it should find. It says what a score may be if nothing
+happens; it cannot notice that something did.
 """
 
 import argparse
@@ -86,8 +87,8 @@ def score(params, x):
 
 def penalty(params):
     """What age, sex and voice say must explain a good deal before it is believed."""
-    said = (params[name] for name in ("level_about", "drift_about", "voice"))
-    return 3e-3 * sum(jnp.sum(x**2) for x in said)
+    said = [params[name] for name in ("level_about", "drift_about", "voice")]
+    return 3e-3 * jnp.sum(jnp.concatenate(said) ** 2)
 
 
 def standardise(x, train):
@@ -117,7 +118,9 @@ def usual_models(patients, train, unseen, steps):
         found["mixed effects"] = baselines.mixed_effects(*known, fixed=3)
         found["mixed effects, with voice"] = baselines.mixed_effects(*known, fixed=19)
     else:
-        print("mixed effects are left out: they need statsmodels (pip install statsmodels)")
+        print(
+            "mixed effects are left out: they need statsmodels (pip install 'fomaml-jax[patients]')"
+        )
     return found
 
 

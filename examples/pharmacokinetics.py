@@ -1,16 +1,18 @@
 """Personal pharmacokinetics: from five blood samples of a new patient to the hours that follow.
 
 The anaesthetic remifentanil in 65 volunteers (Minto et al. 1997). A task is a patient: the first
-five measured concentrations are given, all later ones are predicted, the washout included.
+five measured concentrations are given, most of them during the infusion, and all later ones are
+predicted, the washout included.
 
 What is meta-learned is a population model of three compartments: the logarithms of three gains and
 three rate constants, how they depend on age, sex and size, and the directions in which patients
-differ. Six numbers of a patient's own start near zero and take five steps of gradient descent on
+differ. Six numbers of a patient's own start at zero and take five steps of gradient descent on
 his five samples; how far is learned too. First order needs no derivative through these steps.
 
 Run it: python examples/pharmacokinetics.py --data FOLDER
 where FOLDER/remifentanil/remifentanil.csv is, or without to use $FOMAML_JAX_DATA. The gradient
-boosting among the baselines needs scikit-learn and is left out without.
+boosting among the baselines needs scikit-learn (pip install 'fomaml-jax[patients]') and is left
+out without.
 
 This is an example of a method on volunteers in a laboratory. It may not be used to dose anybody:
 it knows one drug given at one constant rate to healthy people, no other medicine, illness or
