@@ -6,7 +6,7 @@ from fomaml_jax.adapted_files import load_adapted, save_adapted
 from fomaml_jax.change_detection import Change, ChangeDetector, cusum
 from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.convolutions import matmul_convolutions
-from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
+from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on, paired_difference
 from fomaml_jax.learned_rates import WithRates, learned_rates, meta_sgd
 from fomaml_jax.learner import (
     MetaLearner,
@@ -76,6 +76,7 @@ __all__ = [
     "datasets",
     "diagnose",
     "evaluate",
+    "evaluate_on",
     "fomaml",
     "learned_rates",
     "load_adapted",

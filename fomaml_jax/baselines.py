@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import classifiers, heads, options, problems
+from fomaml_jax import classifiers, heads, options, problems, uneven
 from fomaml_jax.batch_statistics import queries_of
-from fomaml_jax.datasets import ImageClasses
-from fomaml_jax.evaluation import Evaluation, evaluate
+from fomaml_jax.datasets import ImageClasses, Splits
+from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on
 from fomaml_jax.meta_gradients import fomaml, maml
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.problems import Problem
@@ -53,13 +53,16 @@ def nearest_class_mean(
     def accuracy(means: jax.Array, query: Batch) -> jax.Array:
         return jnp.mean(nearest(means, queries_of(query[0])) == query[1])
 
+    test = problem.test
+    assert not isinstance(test, Task)
+
     @jax.jit
     def judge(key):
         return evaluate(
             lambda _, support: class_means(support[0], support[1], chosen.ways),
             lambda *a: [accuracy(*a)],
             (),
-            problem.test,
+            test,
             key,
             num_tasks=chosen.eval_tasks,
         )
@@ -78,6 +81,21 @@ def nearest(means: jax.Array, x: jax.Array) -> jax.Array:
     """The label `[n]` of the class mean that is nearest to each example."""
     apart = x.reshape(len(x), 1, -1) - means[None]
     return (apart**2).sum(-1).argmin(-1)
+
+
+def own_mean(problem: Problem) -> Evaluation:
+    """Error of giving every query row of a group the mean of its support rows."""
+
+    def mean_of(_: Params, support: Batch) -> jax.Array:
+        (_, y), weights = support
+        return uneven.weighted_mean(y, weights)
+
+    def error(mean: jax.Array, query: Batch) -> list[jax.Array]:
+        (_, y), weights = query
+        return [problem.standard[1] * uneven.weighted_mean(jnp.abs(y - mean), weights)]
+
+    assert isinstance(problem.test, Task)
+    return evaluate_on(mean_of, error, (), problem.test)
 
 
 def second_order(chosen: options.Options, problem: Problem, fit: Fit, key: jax.Array) -> Evaluation:
@@ -113,7 +131,7 @@ def joint_pretraining(
     else:
         params = _pretrain_on_points(chosen, problem, fit)
 
-    def judged(factor: float, tasks: TaskDistribution, num_tasks: int, key: jax.Array):
+    def judged(factor: float, tasks: TaskDistribution | Task, num_tasks: int, key: jax.Array):
         def inner(shared: Params) -> optax.GradientTransformation:
             return optax.chain(problem.inner(shared), optax.scale(factor))
 
@@ -152,7 +170,7 @@ def _pretrain_on_points(chosen: options.Options, problem: Problem, fit: Fit) -> 
 
 def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fit) -> Params:
     """Classification of all training classes; its head then makes way for the problem's."""
-    assert problem.splits is not None
+    assert isinstance(problem.splits, Splits)
     classes = problem.splits.train
     if isinstance(chosen, options.Omniglot) and chosen.turns == "drawn":  # it sees turns as well
         classes = problems.training_classes(classes, mirror=False, turn=True)

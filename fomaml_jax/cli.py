@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
 
-USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder] [options]
+USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder|table] [options]
        fomaml-jax train --resume RUN
        fomaml-jax train ... --distributed [--coordinator HOST:PORT --processes N --process I]
        fomaml-jax evaluate RUN [--against OTHER | --shift [--out FOLDER]] [options]

@@ -81,8 +81,65 @@ def evaluate(
     """
     refusals.check_at_least("num_tasks", num_tasks, 2)
 
+    def task_of(index: jax.Array) -> Task:
+        return sample_task(jax.random.fold_in(key, index))
+
+    return _evaluate(adapt_fn, metric_fn, params, task_of, num_tasks, tasks_at_once, mesh)
+
+
+def evaluate_on(
+    adapt_fn: Callable[[Params, Batch], Any],
+    metric_fn: Callable[[Any, Batch], Any],
+    params: Params,
+    tasks: Task,
+    *,
+    tasks_at_once: TasksAtOnce = "auto",
+    mesh: Mesh | None = None,
+) -> Evaluation:
+    """`evaluate` on the tasks of a meta-batch, each once: all the patients there are, say.
+
+    Args:
+        adapt_fn: as for `evaluate`.
+        metric_fn: as for `evaluate`.
+        params: the shared parameters.
+        tasks: a meta-batch, with leaves `[tasks, examples, ...]`, of at least 2 tasks.
+        tasks_at_once: as in `over_tasks`.
+        mesh: as for `evaluate`.
+
+    Returns:
+        An `Evaluation`, in the order of the tasks.
+
+    Raises:
+        ValueError: as `evaluate`.
+
+    Example:
+        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> tasks = fj.Task(support=jnp.zeros((3, 5)), query=jnp.arange(3.0)[:, None])
+        >>> own_mean = lambda params, support: support.mean()
+        >>> error = lambda mean, query: jnp.abs(query - mean).mean()
+        >>> fj.evaluate_on(own_mean, error, (), tasks).per_task
+        Array([0., 1., 2.], dtype=float32)
+    """
+    num_tasks = refusals.check_task_axis(tasks)
+    refusals.check_at_least("the number of tasks", num_tasks, 2)
+
+    def task_of(index: jax.Array) -> Task:
+        return jax.tree.map(lambda x: jnp.asarray(x)[index], tasks)  # clamped
+
+    return _evaluate(adapt_fn, metric_fn, params, task_of, num_tasks, tasks_at_once, mesh)
+
+
+def _evaluate(
+    adapt_fn: Callable[[Params, Batch], Any],
+    metric_fn: Callable[[Any, Batch], Any],
+    params: Params,
+    task_of: Callable[[jax.Array], Task],
+    num_tasks: int,
+    tasks_at_once: TasksAtOnce,
+    mesh: Mesh | None,
+) -> Evaluation:
     def one_task(params, index):
-        task = sample_task(jax.random.fold_in(key, index))
+        task = task_of(index)
         return jax.tree.map(_scalar, metric_fn(adapt_fn(params, task.support), task.query))
 
     def of_tasks(params, indices):

@@ -16,7 +16,7 @@ import optax
 from fomaml_jax import baselines, options, pictures, problems, processes, runs, training
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.checkpoints import CheckpointError
-from fomaml_jax.datasets import Splits, digest
+from fomaml_jax.datasets import GroupSplits, Splits, digest
 from fomaml_jax.devices import mesh_for, sampled_learner, tune_sampled
 from fomaml_jax.evaluation import Evaluation, paired_difference
 from fomaml_jax.parallel import TasksAtOnce
@@ -261,18 +261,18 @@ def meta_train(
             raise
 
 
-def described(splits: Splits) -> dict[str, Any]:
+def described(splits: Splits | GroupSplits) -> dict[str, Any]:
     """The data of a run, so that a later evaluation knows them again, and what was trained on."""
     names = {name: list(classes.names) for name, classes in splits._asdict().items()}
     return {"digest": digest(splits), "classes": names}
 
 
 def _tested_on(problem: Problem) -> str | None:
-    """A fingerprint of the test classes: of the others runs may make what they like."""
+    """A fingerprint of the test classes or groups: of the others runs may make what they like."""
     if problem.splits is None:
         return None
     test = problem.splits.test
-    return digest(Splits(test, test, test))
+    return digest(problem.splits._replace(train=test, validation=test))
 
 
 def _data_of(problem: Problem) -> dict[str, str]:
@@ -393,6 +393,8 @@ def _compare(chosen: options.Options, problem: Problem, keys: Keys) -> dict[str,
     if isinstance(chosen, options.ImageOptions):
         nearest = baselines.nearest_class_mean(chosen, problem, keys.test)
         compared["nearest class mean on pixels"] = last(nearest)
+    elif isinstance(chosen, options.Table):
+        compared["the mean of the rows given"] = last(baselines.own_mean(problem))
     else:
         second = baselines.second_order(chosen, problem, fit, keys.test)
         compared["second-order MAML"] = last(second)

@@ -213,11 +213,57 @@ class Sinusoid(Options):
     """Also train second-order MAML and joint pre-training, on as many tasks."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table(Options):
+    """Your own table, a CSV file whose groups (patients, machines, places) are tasks.
+
+    Whole groups are unseen, and of each its first rows are given and all later ones predicted.
+    """
+
+    file: Path
+    """The CSV file, its first line the names of the columns."""
+    group: str
+    """The column that says which group a row is of."""
+    target: str
+    """The column to predict, of numbers."""
+    features: tuple[str, ...]
+    """The columns to predict it from, of numbers."""
+    time: str | None = None
+    """The column to order a group's rows by, of numbers or dates; the file's order unless given."""
+    missing: Literal["drop", "mean"] = "drop"
+    """Missing features: leave the row out, or put the mean of the training groups."""
+    validation: float = 0.15
+    """Share of the groups to follow training on."""
+    test: float = 0.25
+    """Share of the groups to be judged on, each once."""
+    split_seed: int = 0
+    """Seed of which groups these are."""
+    shots: int = 5
+    """Rows to adapt on, the first of a group."""
+    queries: int = 20
+    """Rows to be judged on while training, random later ones; all of them in the evaluation."""
+    eval_tasks: int = 1000
+    """Means nothing here: every unseen group is judged, once."""
+    steps: int = 2000
+    tasks_per_step: int = 8
+    inner_steps: int = 5
+    inner_rate: float = 0.05
+    inner_clip: float = 10.0
+    """Largest norm of an inner gradient."""
+    rate: float = 1e-3
+
+    @property
+    def setting(self) -> str:
+        """The problem in a few words."""
+        return f"{self.target} by {self.group} from {self.shots} rows"
+
+
 DATA_SETS: dict[str, type[Options]] = {
     "glyphs": Glyphs,
     "omniglot": Omniglot,
     "sinusoid": Sinusoid,
     "folder": Folder,
+    "table": Table,
 }
 
 
@@ -233,6 +279,7 @@ def check(options: Options) -> None:
         ValueError: naming the option, the value, and what it may be.
     """
     least = {"inner_steps": 0, "eval_steps": 1, "eval_tasks": 2, "seed": 0, "shift": 0}
+    least |= {"split_seed": 0}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         option = "--" + field.name.replace("_", "-")
@@ -243,6 +290,9 @@ def check(options: Options) -> None:
         elif field.name == "max_left_out":
             if not 0 <= value <= 1:
                 raise ValueError(f"{option} must be a share between 0 and 1, got {value}")
+        elif field.name in ("validation", "test"):
+            if not 0 <= value < 1 or (field.name == "test" and not value):
+                raise ValueError(f"{option} must be a share of the groups below 1, got {value}")
         elif field.name == "affine":
             if value is not None and not 0 < value < 0.5:
                 raise ValueError(f"--affine must be above 0 and below 0.5, got {value}")
@@ -284,6 +334,7 @@ def checkpoint_interval(text: str) -> int | datetime.timedelta:
 
 FREE = (
     "path",
+    "file",
     "duplicates",
     "offline",
     "compilation_cache",
@@ -326,7 +377,7 @@ def check_same_tasks(one: Options, other: Options) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    names = ("ways", "shots", "queries", "split", "size", "channels", "statistics")
+    names = ("ways", "shots", "queries", "split", "size", "channels", "statistics", "target")
     kinds = {"data set": tuple(name_of(run) for run in (one, other))}
     kinds |= {
         "--" + name: tuple(getattr(run, name, None) for run in (one, other)) for name in names
@@ -385,9 +436,10 @@ def from_json(config: dict[str, Any]) -> Options:
         if not _fits(value, expected[name]):
             raise ValueError(f"the configuration has {json.dumps(value)} for {name}")
     paths: dict[str, Any] = {
-        n: Path(config[n]) for n in ("path", "out", "compilation_cache") if config.get(n)
+        n: Path(config[n]) for n in ("path", "file", "out", "compilation_cache") if config.get(n)
     }
-    return kind(**(config | paths))
+    several: dict[str, Any] = {n: tuple(x) for n, x in config.items() if isinstance(x, list)}
+    return kind(**(config | paths | several))
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -398,5 +450,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind is bool and isinstance(value, bool)
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_fits(x, typing.get_args(kind)[0]) for x in value)
     accepted: dict[Any, Any] = {float: int | float, Path: str}
     return isinstance(value, accepted.get(kind, kind))

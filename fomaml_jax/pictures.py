@@ -1,4 +1,4 @@
-"""What a run looks like: learning curve, example episodes, adaptation to sine waves."""
+"""What a run looks like: learning curve, example episodes, adaptation to sine waves or groups."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fomaml_jax import options, problems, runs
 from fomaml_jax.batch_statistics import queries_of
 from fomaml_jax.problems import Problem
-from fomaml_jax.types import Params
+from fomaml_jax.types import Params, Task
 
 INK, ACCENT, RIGHT, WRONG = "#222222", "#c2410c", "#15803d", "#b91c1c"
 BASELINE_STYLES = ("--", ":", "-.")
@@ -29,6 +29,8 @@ def draw_run(
     save(learning_curve(folder, result), folder / "learning_curve.png")
     if isinstance(chosen, options.ImageOptions):
         save(episodes(chosen, problem, params, key), folder / "episodes.png")
+    elif isinstance(chosen, options.Table):
+        save(groups(chosen, problem, params), folder / "adaptation.png")
     else:
         save(sine_waves(chosen, problem, params, key), folder / "adaptation.png")
 
@@ -74,11 +76,12 @@ def episodes(
 ) -> Figure:
     """Unseen tasks: a column a class, its support examples over its queries, right or wrong."""
     ways, shown = min(chosen.ways, 10), min(chosen.queries, 4)
-    adapt_fn = problems.adapt_path(problem, chosen.adaptation_steps)
+    adapt_fn, unseen = problems.adapt_path(problem, chosen.adaptation_steps), problem.test
+    assert not isinstance(unseen, Task)
 
     @jax.jit
     def solve(index):
-        task = problem.test(jax.random.fold_in(key, index))
+        task = unseen(jax.random.fold_in(key, index))
         adapted = jax.tree.map(lambda path: path[-1], adapt_fn(params, task.support))
         predicted = problem.predict(adapted, task.query[0]).argmax(-1)
         return task._replace(query=(queries_of(task.query[0]), task.query[1])), predicted
@@ -114,12 +117,13 @@ def sine_waves(
 ) -> Figure:
     """The MAML paper's picture: a wave, a few of its points, the network before and after."""
     steps = sorted({0, 1, chosen.adaptation_steps})
-    adapt_fn = problems.adapt_path(problem, chosen.adaptation_steps)
+    adapt_fn, unseen = problems.adapt_path(problem, chosen.adaptation_steps), problem.test
+    assert not isinstance(unseen, Task)
     grid = jnp.linspace(-5, 5, 201)[:, None]
 
     @jax.jit
     def solve(index):
-        task = problem.test(jax.random.fold_in(key, index))
+        task = unseen(jax.random.fold_in(key, index))
         path = adapt_fn(params, task.support)
         return task, jax.lax.map(lambda p: problem.predict(p, grid), path)
 
@@ -136,4 +140,50 @@ def sine_waves(
         axes.spines[["top", "right"]].set_visible(False)
         if index == 0:
             axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def groups(
+    chosen: options.Table, problem: Problem, params: Params, columns: int = 4, most: int = 8
+) -> Figure:
+    """Unseen groups: the rows given, the later ones, and what was predicted before and after."""
+    tasks = problem.test
+    assert isinstance(tasks, Task)
+    assert problem.splits is not None
+    adapt_fn = problems.adapt_path(problem, chosen.adaptation_steps)
+    mean, scale = problem.standard
+
+    @jax.jit
+    def solve(params):
+        def of_task(task):
+            path = adapt_fn(params, task.support)
+            (x, _), _ = task.query
+            ends = jax.tree.map(lambda p: jnp.stack([p[0], p[-1]]), path)
+            return jax.lax.map(lambda p: problem.predict(p, x), ends)
+
+        return jax.vmap(of_task)(tasks)
+
+    names = problem.splits.test.names[:most]
+    predicted = mean + scale * np.asarray(solve(params))
+    shape = -(-len(names) // columns), min(columns, len(names))
+    figure = Figure(figsize=(3 * shape[1], 2.3 * shape[0]), layout="constrained")
+    axes_of = np.ravel(figure.subplots(*shape, sharey=True, squeeze=False))
+    (_, given), _ = tasks.support
+    (_, later), weights = tasks.query
+    for i, (name, axes) in enumerate(zip(names, axes_of, strict=False)):
+        count, shots = int(weights[i].sum()), chosen.shots
+        place = shots + 1 + np.arange(count)
+        axes.plot(1 + np.arange(shots), mean + scale * given[i], "^", color=INK, ms=5)
+        axes.plot(place, mean + scale * later[i, :count], ".", color=RIGHT, ms=3)
+        for line, style in zip(predicted[i, :, :count], (":", "-"), strict=True):
+            axes.plot(place, line, color=ACCENT, ls=style, lw=1.2)
+        axes.set_title(f"{chosen.group} {name}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in axes_of[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel(
+        "row, in order; triangles: given, dots: later, lines: predicted before (dotted) and after",
+        fontsize=8,
+    )
+    figure.supylabel(chosen.target, fontsize=9)
     return figure

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fomaml_jax import classifiers, datasets, models, options
+from fomaml_jax import classifiers, datasets, models, options, regressors
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE, beside_support, one_at_a_time
-from fomaml_jax.datasets import ImageClasses, Splits
+from fomaml_jax.datasets import GroupSplits, ImageClasses, Splits, Table
 from fomaml_jax.devices import every_device
-from fomaml_jax.evaluation import Evaluation, evaluate
+from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on
 from fomaml_jax.heads import HEAD, fresh_head
 from fomaml_jax.learned_rates import WithRates, learned_rates
 from fomaml_jax.meta_gradients import fomaml
@@ -32,7 +32,7 @@ from fomaml_jax.tasks import (
     sinusoid,
 )
 from fomaml_jax.trainable import Trainable
-from fomaml_jax.types import Batch, LossFn, MetaGradient, Params
+from fomaml_jax.types import Batch, LossFn, MetaGradient, Params, Task
 from fomaml_jax.variants import in_every_form, preferring
 
 RATES_RATE = 1e-2
@@ -58,13 +58,14 @@ class Problem:
         meta_gradient: `(shared params, task) -> (grads, TaskInfo)` for one training task.
         outer: the optimizer of the shared parameters, for a number of steps.
         train: the distribution of training tasks.
-        validation: of tasks to follow training with.
-        test: of tasks never seen.
+        validation: of tasks to follow training with; or all such tasks, as a meta-batch.
+        test: of tasks never seen, or all of them.
         statistics: what their query examples are normalised with, where that matters.
         otherwise: the same tasks, by the name of the other statistics.
         moved: which parameters so many steps of adaptation move, `None` for all.
         tasks_at_once: as in `over_tasks`.
-        splits: the pictures behind the tasks, or `None`.
+        splits: the pictures or groups behind the tasks, or `None`.
+        standard: mean and standard deviation by which targets are standardised.
     """
 
     params: Params
@@ -77,13 +78,14 @@ class Problem:
     meta_gradient: MetaGradient
     outer: Callable[[int], optax.GradientTransformation]
     train: TaskDistribution
-    validation: TaskDistribution
-    test: TaskDistribution
+    validation: TaskDistribution | Task
+    test: TaskDistribution | Task
     statistics: str | None = None
     otherwise: Mapping[str, TaskDistribution] = dataclasses.field(default_factory=dict)
     moved: Callable[[int], Trainable | None] = lambda num_steps: None
     tasks_at_once: TasksAtOnce = "auto"
-    splits: Splits | None = None
+    splits: Splits | GroupSplits | None = None
+    standard: tuple[float, float] = (0.0, 1.0)
 
 
 def build(chosen: options.Options) -> Problem:
@@ -96,6 +98,8 @@ def build(chosen: options.Options) -> Problem:
     options.check(chosen)
     if isinstance(chosen, options.Sinusoid):
         problem = _regression(chosen)
+    elif isinstance(chosen, options.Table):
+        problem = _of_groups(chosen, _read(chosen))
     else:
         assert isinstance(chosen, options.ImageOptions)
         problem = _classification(chosen, _load(chosen))
@@ -125,7 +129,7 @@ def adapt_path(problem: Problem, num_steps: int) -> Callable[[Params, Batch], Pa
 
 def judge_of(
     problem: Problem,
-    tasks: TaskDistribution,
+    tasks: TaskDistribution | Task,
     *,
     num_steps: int,
     num_tasks: int,
@@ -133,7 +137,8 @@ def judge_of(
 ) -> Callable[[Params, jax.Array], Evaluation]:
     """A compiled `(params, key) -> Evaluation` of the metric after 0, 1, ... `num_steps` steps.
 
-    Or, without `every_step`, after the last alone.
+    Or, without `every_step`, after the last alone. Where there is but a meta-batch of tasks, each
+    is judged once, and neither key nor number choose any.
     """
     adapt_fn, mesh = adapt_path(problem, num_steps), every_device()
 
@@ -144,16 +149,10 @@ def judge_of(
 
     @jax.jit
     def judged(params: Params, key: jax.Array) -> Evaluation:
-        return evaluate(
-            adapt_fn,
-            metric_fn,
-            params,
-            tasks,
-            key,
-            num_tasks=num_tasks,
-            tasks_at_once=problem.tasks_at_once,
-            mesh=mesh,
-        )
+        how = {"tasks_at_once": problem.tasks_at_once, "mesh": mesh}
+        if isinstance(tasks, Task):
+            return evaluate_on(adapt_fn, metric_fn, params, tasks, **how)
+        return evaluate(adapt_fn, metric_fn, params, tasks, key, num_tasks=num_tasks, **how)
 
     def judge(params: Params, key: jax.Array) -> Evaluation:
         # They may come from training on fewer devices, where several processes took all the tasks:
@@ -214,6 +213,21 @@ def _load(chosen: options.ImageOptions) -> Splits:
                 duplicates=chosen.duplicates,
             )
     raise TypeError(f"no pictures for {chosen}")
+
+
+def _read(chosen: options.Table) -> Table:
+    return datasets.table(
+        chosen.file,
+        group=chosen.group,
+        target=chosen.target,
+        features=chosen.features,
+        time=chosen.time,
+        shots=chosen.shots,
+        missing=chosen.missing,
+        validation=chosen.validation,
+        test=chosen.test,
+        seed=chosen.split_seed,
+    )
 
 
 def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
@@ -359,4 +373,28 @@ def _regression(chosen: options.Sinusoid) -> Problem:
         validation=unseen,
         test=unseen,
         tasks_at_once=None,  # so small a network gains nothing from tasks in turn
+    )
+
+
+def _of_groups(chosen: options.Table, table: Table) -> Problem:
+    standard = float(table.mean[0]), float(table.scale[0])
+    inner = optax.chain(optax.clip_by_global_norm(chosen.inner_clip), optax.sgd(chosen.inner_rate))
+    # A small table may have no groups to spare: training is then followed on its own.
+    followed = "validation" if len(table.splits.validation.names) else "train"
+    return Problem(
+        params=regressors.initial_params(chosen),
+        start=lambda params: params,
+        predict=regressors.predict,
+        loss_fn=regressors.squared_error,
+        metric_fn=functools.partial(regressors.absolute_error, unit=standard[1]),
+        metric=f"mean absolute error of {chosen.target}",
+        inner=lambda params: inner,
+        meta_gradient=fomaml(regressors.squared_error, inner, chosen.inner_steps),
+        outer=lambda steps: outer_optimizer(chosen.rate, steps),
+        train=regressors.training_tasks(chosen, table),
+        validation=regressors.unseen_tasks(chosen, table, followed),
+        test=regressors.unseen_tasks(chosen, table, "test"),
+        tasks_at_once=None,
+        splits=table.splits,
+        standard=standard,
     )

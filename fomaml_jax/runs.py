@@ -259,11 +259,11 @@ def check_data(folder: Path, now: dict[str, Any]) -> None:
     known = classes["train"] | classes["validation"]
     if seen := sorted(known.intersection(now["classes"]["test"])):
         raise ValueError(
-            f"the pictures are not those of the run in {folder}: of the classes that it would be "
+            f"the data are not those of the run in {folder}: of the classes that it would be "
             f"tested on, {len(seen)} served to train or to validate it, such as {seen[0]}; restore "
             "the folder, or give train/ and test/ folders"
         )
-    warnings.warn(f"the pictures are not those that the run in {folder} had", stacklevel=2)
+    warnings.warn(f"the data are not those that the run in {folder} had", stacklevel=2)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fomaml_jax import refusals
+from fomaml_jax.groups import each_group, from_groups
 from fomaml_jax.streams import Waves, drift_and_jumps, drifting, sine_waves
 from fomaml_jax.types import Task
 
@@ -19,7 +20,9 @@ __all__ = [
     "as_float",
     "drift_and_jumps",
     "drifting",
+    "each_group",
     "episodes",
+    "from_groups",
     "random_affine",
     "random_shift",
     "rotated_classes",

@@ -525,7 +525,7 @@ def test_evaluating_on_other_pictures_is_said_or_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture)
     changed = call("evaluate", run.folder, "--path", tmp_path / "more")
     assert changed.code == 0
-    assert f"the pictures are not those that the run in {run.folder} had" in changed.err
+    assert f"the data are not those that the run in {run.folder} had" in changed.err
     words = ("--path", tmp_path / "more", "--size", "8", "--no-compare")
     third = trained(tmp_path / "third", "folder", *SMALL_FOLDER, *words)
     refused = call("evaluate", run.folder, "--against", third.folder)

@@ -90,8 +90,8 @@ REFUSED = {
     "report": "report needs at least one run",
     "report nowhere": "nowhere is not a run: it has no config.json",
     "report run empty": "empty is not a run: it has no config.json",
-    "train mnist": "unknown data set 'mnist'; there are glyphs, omniglot, sinusoid, folder",
-    "train ''": "unknown data set ''; there are glyphs, omniglot, sinusoid, folder",
+    "train mnist": "unknown data set 'mnist'; there are glyphs, omniglot, sinusoid, folder, table",
+    "train ''": "unknown data set ''; there are glyphs, omniglot, sinusoid, folder, table",
     "train glyphs --ways 0": f"--ways {COUNT} 1, got 0",
     "train glyphs --shots -1": f"--shots {COUNT} 1, got -1",
     "train glyphs --queries 0": f"--queries {COUNT} 1, got 0",
@@ -401,7 +401,7 @@ SPOILED = {
     ),
     "configuration names no data set": (
         write_config(dataset="mnist"),
-        "the configuration names none of the data sets glyphs, omniglot, sinusoid, folder",
+        "the configuration names none of the data sets glyphs, omniglot, sinusoid, folder, table",
     ),
     "configuration of another version": (
         write_config(zeal=1),

@@ -369,12 +369,27 @@ OTHER_THAN_DEFAULT = {
         duplicates="keep",
     ),
     "sinusoid": options.Sinusoid(**SHARED, compare=True, inner_clip=2.5),
+    "table": options.Table(
+        **SHARED,
+        compare=False,
+        inner_clip=2.5,
+        file=Path("/data.csv"),
+        group="site",
+        target="yield",
+        features=("rain", "sun"),
+        time="year",
+        missing="mean",
+        validation=0.1,
+        test=0.3,
+        split_seed=3,
+    ),
 }
 DEFAULT = {
     "glyphs": options.Glyphs(),
     "omniglot": options.Omniglot(),
     "folder": options.Folder(path=Path("here")),
     "sinusoid": options.Sinusoid(),
+    "table": options.Table(file=Path("here.csv"), group="who", target="score", features=("day",)),
 }
 
 
@@ -410,7 +425,7 @@ def test_checkpoint_intervals(text, interval):
 
 CONFIG = options.to_json(options.Sinusoid())
 UNREADABLE = {
-    "no data set": ({}, "names none of the data sets glyphs, omniglot, sinusoid, folder"),
+    "no data set": ({}, "names none of the data sets glyphs, omniglot, sinusoid, folder, table"),
     "an unknown data set": ({"dataset": "mnist"}, "names none of the data sets"),
     "options of another version": (
         CONFIG | {"zeal": 1},

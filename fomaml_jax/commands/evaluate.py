@@ -14,6 +14,7 @@ from fomaml_jax.commands.words import parse
 from fomaml_jax.devices import keep_compiled_programs
 
 OF_TASKS = "ways", "shots", "queries", "statistics"
+OF_DATA = "path", "file", "duplicates"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Evaluate:
     """Seed of the tasks; the run's, and so its very tasks, unless given."""
     path: Path | None = None
     """Where the data are now; where they were unless given."""
+    file: Path | None = None
+    """Where the table is now; where it was unless given."""
     duplicates: Literal["refuse", "keep"] | None = None
     """The same file in two splits; as in the run unless given."""
     offline: bool = False
@@ -92,11 +95,11 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     chosen = options.from_json(runs.read_config(run))
     changes = {
         name: value
-        for name in (*OF_TASKS, "eval_tasks", "eval_steps", "seed", "path", "duplicates")
+        for name in (*OF_TASKS, "eval_tasks", "eval_steps", "seed", *OF_DATA)
         if (value := getattr(asked, name)) is not None
     }
     options.check_judged_otherwise(chosen, changes)
-    for name in ("path", "duplicates"):
+    for name in OF_DATA:
         if name in changes and not hasattr(chosen, name):
             raise ValueError(f"--{name}: {options.name_of(chosen)} has no data to look for")
     if asked.offline and hasattr(chosen, "offline"):

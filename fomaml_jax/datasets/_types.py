@@ -1,4 +1,4 @@
-"""What every data set is: images by class, in three splits whose classes never meet."""
+"""What every data set is: images by class or rows by group, in three splits that never meet."""
 
 import hashlib
 import json
@@ -31,14 +31,48 @@ class Splits(NamedTuple):
     test: ImageClasses
 
 
-def digest(splits: Splits) -> str:
-    """A fingerprint of all pictures, classes and splits: with other data, it is another one.
+class Groups(NamedTuple):
+    """The rows of groups, as one array that goes to the device whole.
+
+    Attributes:
+        values: `[groups, rows, 1 + features]` float32, standardised: the target, then the features.
+            The rows of a group are in the order of time.
+        counts: `[groups]` int32: the first `counts[g]` rows of group `g` are real, the rest zero
+            padding.
+        names: one a group, all different.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+    names: tuple[str, ...]
+
+    @property
+    def features(self) -> np.ndarray:
+        """`[groups, rows, features]`."""
+        return self.values[..., 1:]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """`[groups, rows]`."""
+        return self.values[..., 0]
+
+
+class GroupSplits(NamedTuple):
+    """The groups to train on, to choose by, and to report on; no group is in two of them."""
+
+    train: Groups
+    validation: Groups
+    test: Groups
+
+
+def digest(splits: Splits | GroupSplits) -> str:
+    """A fingerprint of all data, classes and splits: with other data, it is another one.
 
     Args:
         splits: the data.
 
     Returns:
-        The SHA-256 of names, counts and pixels, as hexadecimal digits.
+        The SHA-256 of names, counts and pixels or values, as hexadecimal digits.
 
     Example:
         >>> import fomaml_jax as fj
@@ -46,10 +80,10 @@ def digest(splits: Splits) -> str:
         64
     """
     found = hashlib.sha256()
-    for images, counts, names in splits:
-        kind = [list(images.shape), str(images.dtype), counts.tolist(), list(names)]
+    for values, counts, names in splits:
+        kind = [list(values.shape), str(values.dtype), counts.tolist(), list(names)]
         found.update(json.dumps(kind).encode())
-        found.update(np.ascontiguousarray(images).data)
+        found.update(np.ascontiguousarray(values).data)
     return found.hexdigest()
 
 

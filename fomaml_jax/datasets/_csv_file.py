@@ -1,0 +1,94 @@
+"""A CSV file as columns of numbers: every cell that is none is named by its line and column."""
+
+import contextlib
+import csv
+import datetime
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
+"""Cells without a value, whatever their case."""
+
+
+class Columns:
+    """The cells of a CSV file by column.
+
+    Attributes:
+        path: the file.
+        lines: `[rows]`: where in the file a row is, for who has to mend it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser()
+        self._names, self._rows, self.lines = _read(self.path)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuses names that the file has not, or has twice."""
+        for name in names:
+            there = self._names.count(name)
+            if there != 1:
+                wrong = f"no column {name!r}" if not there else f"{there} columns {name!r}"
+                raise ValueError(f"{self.path} has {wrong}; there are {', '.join(self._names)}")
+
+    def text(self, name: str) -> list[str]:
+        """A column as it is written."""
+        place = self._names.index(name)
+        return [row[place].strip() for row in self._rows]
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A column as float64, NaN where a cell is missing."""
+        return self._parsed(name, float, "a number (write categories as numbers, such as 0 and 1)")
+
+    def times(self, name: str) -> np.ndarray:
+        """A column of numbers or of dates, as float64."""
+        return self._parsed(name, _time, "a number or a date such as 2026-01-31")
+
+    def _parsed(self, name: str, parse, expected: str) -> np.ndarray:
+        found = np.full(len(self._rows), np.nan)
+        for i, cell in enumerate(self.text(name)):
+            if cell.lower() in MISSING:
+                continue
+            with contextlib.suppress(ValueError):
+                found[i] = parse(cell)
+            if not math.isfinite(found[i]):
+                raise ValueError(
+                    f"{self.path}, line {self.lines[i]}: {name} is {cell!r}, expected {expected}"
+                )
+        return found
+
+
+def _time(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        moment = datetime.datetime.fromisoformat(cell)
+    # A date without a zone is counted as of one, that of no place: what matters is the order.
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
+    """The header, the rows, and the line on which each ends."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            found = [(row, reader.line_num) for row in reader if any(cell.strip() for cell in row)]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist, expected a CSV file") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path} is a folder, expected a CSV file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from None
+    if len(found) < 2:
+        there = "nothing" if not found else "a header and no rows"
+        raise ValueError(f"{path} holds {there}, expected a header and rows below it")
+    (header, _), *rows = found
+    for row, line in rows:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, line {line}: {len(row)} cells, but the header has {len(header)}"
+            )
+    return [name.strip() for name in header], [row for row, _ in rows], [line for _, line in rows]
