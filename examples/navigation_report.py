@@ -87,7 +87,7 @@ def table(summary):
     return "\n".join(lines)
 
 
-def draw(folder, rows, goals):
+def draw(folder, rows, steps, goals):
     """Writes `navigation.png`: learning curves, and paths before and after one step."""
     from matplotlib.figure import Figure
 
@@ -96,7 +96,9 @@ def draw(folder, rows, goals):
     for name, colour in COLOURS.items():
         for row in rows:
             label = name if row is rows[0] else None
-            curves.plot(row["curves"][name], color=colour, linewidth=1, label=label)
+            curve = row["curves"][name]
+            at = (np.arange(len(curve)) + 0.5) * steps / len(curve)
+            curves.plot(at, curve, color=colour, linewidth=1, label=label)
     curves.set(xlabel="outer steps", ylabel="return", title="learning")
     curves.legend(frameon=False)
     for square, (goal, before, after) in zip(squares, goals, strict=True):

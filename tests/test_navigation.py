@@ -1,4 +1,4 @@
-"""The navigation example: its world, its policy gradient, and its meta-gradient, each computed anew."""
+"""The navigation example: its world, its policy gradient and its meta-gradient, computed anew."""
 
 import json
 import os
@@ -13,6 +13,8 @@ import optax
 import pytest
 
 import fomaml_jax as fj
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -29,7 +31,7 @@ def constant_policy(navigation, action, log_std):
     """The same Gaussian wherever the robot is."""
     params = navigation.first_params(jax.random.key(0))
     last = sorted(params["mean"])[-1]
-    head = {"kernel": jnp.zeros((100, 2)), "bias": jnp.asarray(action)}
+    head = {"kernel": jnp.zeros((100, 2)), "bias": jnp.asarray(action, jnp.float32)}
     return {"mean": params["mean"] | {last: head}, "log_std": jnp.full(2, log_std)}
 
 
@@ -70,15 +72,18 @@ def test_the_goal_is_seen_by_the_oracle_alone(navigation):
         assert bool((first != other).any()) == differ
 
 
-def played_episodes(navigation, count=6):
-    """Of which some have ended early."""
-    params = constant_policy(navigation, [0.3, 0.2], log_std=-1.0)
+MEAN, LOG_STD = np.array([0.02, -0.01]), -1.6
+
+
+def wanderers(navigation, count=12):
+    """Around a goal nearby, which some of them meet."""
+    params = constant_policy(navigation, MEAN, LOG_STD)
+    goals = jnp.tile(jnp.array([0.03, 0.02]), (count, 1))
     keys = jax.random.split(jax.random.key(2), count)
-    goals = jnp.tile(jnp.array([0.3, 0.2]), (count, 1))
     played = jax.vmap(navigation.play, (None, 0, 0))(params, goals, keys)
-    lengths = played.running.sum(1)
-    assert 2 < lengths.min() < navigation.HORIZON
-    return params, goals, keys, played, np.asarray(lengths)
+    lengths = np.asarray(played.running.sum(1))
+    assert lengths.min() < navigation.HORIZON == lengths.max()
+    return params, goals, played, lengths
 
 
 def advantages_by_hand(played, lengths):
@@ -99,7 +104,7 @@ def advantages_by_hand(played, lengths):
 
 
 def test_advantages_are_standardised_returns_beyond_a_fitted_baseline(navigation):
-    _, _, _, played, lengths = played_episodes(navigation)
+    _, _, played, lengths = wanderers(navigation)
     found = np.asarray(navigation.advantages(played))
     running = np.arange(navigation.HORIZON) < lengths[:, None]
     np.testing.assert_allclose(found[running], advantages_by_hand(played, lengths), atol=2e-3)
@@ -108,17 +113,16 @@ def test_advantages_are_standardised_returns_beyond_a_fitted_baseline(navigation
 
 def test_the_loss_has_the_gradient_of_the_score_function(navigation):
     """For a Gaussian: deviation over variance, and squared standard deviation less one."""
-    params = constant_policy(navigation, [0.3, 0.2], log_std=-1.0)
-    goals, key = jnp.tile(jnp.array([0.3, 0.2]), (6, 1)), jax.random.key(2)
-    grads, (_, mean_return) = jax.grad(navigation.loss_fn, has_aux=True)(params, goals, None, key)
-    _, _, _, played, lengths = played_episodes(navigation)
+    params, goals, played, lengths = wanderers(navigation)
+    loss_fn = jax.grad(navigation.loss_fn, has_aux=True)
+    grads, (_, mean_return) = loss_fn(params, goals, None, jax.random.key(2))
     gained = advantages_by_hand(played, lengths)[:, None]
     actions = np.concatenate([played.actions[n, :length] for n, length in enumerate(lengths)])
-    apart = (actions - np.float64([0.3, 0.2])) / np.exp(-1.0)
-    score = -(gained * apart / np.exp(-1.0)).mean(0)
+    apart = (actions - MEAN) / np.exp(LOG_STD)
+    score = -(gained * apart / np.exp(LOG_STD)).mean(0)
     np.testing.assert_allclose(biases(grads), score, atol=2e-3)
-    np.testing.assert_allclose(grads["log_std"], -(gained * (apart**2 - 1)).mean(0), atol=4e-3)
-    np.testing.assert_allclose(mean_return, played.rewards.sum() / 6, rtol=1e-5)
+    np.testing.assert_allclose(grads["log_std"], -(gained * (apart**2 - 1)).mean(0), atol=2e-3)
+    np.testing.assert_allclose(mean_return, played.rewards.sum() / len(lengths), rtol=1e-5)
 
 
 def test_the_policy_gradient_is_that_of_the_expected_return(navigation, monkeypatch):
@@ -136,7 +140,7 @@ def test_the_policy_gradient_is_that_of_the_expected_return(navigation, monkeypa
 
     mean, step = np.array([0.1, 0.2]), 1e-3
     slope = [(expected(mean + d)[0] - expected(mean - d)[0]) / (2 * step) for d in step * np.eye(2)]
-    params = constant_policy(navigation, mean.astype(np.float32), float(np.log(std)))
+    params = constant_policy(navigation, mean, float(np.log(std)))
     goals = jnp.tile(jnp.asarray(goal, jnp.float32), (number, 1))
     grads = jax.grad(lambda p: navigation.loss_fn(p, goals, None, jax.random.key(3))[0])(params)
     np.testing.assert_allclose(-biases(grads) * expected(mean)[1], slope, atol=1.5e-3)
@@ -155,8 +159,39 @@ def test_the_meta_gradient_is_the_adapted_players_own(navigation):
     query_key = jax.random.fold_in(task.key, 3)  # of the query after step 1
     (after, (_, mean_return)), expected = gradient(adapted, task.query, None, query_key)
     jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5), found.params, expected
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4), found.params, expected
     )
     np.testing.assert_allclose(info.support_losses, [before], rtol=1e-4)
     np.testing.assert_allclose(info.query_loss, after, rtol=1e-4)
     np.testing.assert_allclose(info.aux, mean_return, rtol=1e-4)
+
+
+def test_a_step_leads_towards_the_goal(navigation):
+    """On average, and from a policy that knows nothing."""
+    params, goal = constant_policy(navigation, [0.0, 0.0], log_std=0.0), jnp.array([0.4, -0.3])
+    adapted, _ = fj.adapt(
+        *(navigation.loss_fn, params, jnp.tile(goal, (20, 1)), optax.sgd(0.5), 1),
+        has_state=True,
+        key=jax.random.key(6),
+    )
+    assert (biases(adapted) * goal > 0).all()
+    many, key = jnp.tile(goal, (200, 1)), jax.random.key(7)
+    before, after = (navigation.loss_fn(p, many, None, key)[1][1] for p in (params, adapted))
+    assert after > before + 1
+
+
+def test_the_short_form_runs(tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "navigation.py", "--short", "--out", tmp_path],
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "first-order MAML" in done.stdout
+    found = json.loads((tmp_path / "navigation.json").read_text())["returns"]
+    assert [len(found[name]) for name in found] == [4, 4, 1]
+    # At worst a hundred steps straight away from the goal.
+    assert all(-800 < step["mean"] < 0 for steps in found.values() for step in steps)
+    assert (tmp_path / "navigation.png").stat().st_size < 100_000
