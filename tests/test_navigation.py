@@ -48,9 +48,9 @@ def test_an_episode_computed_by_hand(navigation):
     np.testing.assert_allclose(
         played.observations[:4], [[0, 0], [0.05, 0.1], [0.1, 0.2], [0.15, 0.3]], atol=1e-6
     )
-    by_hand = [-np.hypot(0.1, 0.205), -np.hypot(0.05, 0.105), -0.005]
-    np.testing.assert_allclose(played.rewards[:3], by_hand, atol=1e-6)
-    assert not played.rewards[3:].any()
+    by_hand = [np.hypot(0.1, 0.205), np.hypot(0.05, 0.105), 0.005]
+    np.testing.assert_allclose(played.distances[:3], by_hand, atol=1e-6)
+    assert not played.distances[3:].any()
 
 
 def test_an_episode_that_never_arrives_is_a_hundred_steps(navigation):
@@ -58,7 +58,7 @@ def test_an_episode_that_never_arrives_is_a_hundred_steps(navigation):
     params = constant_policy(navigation, [0.0, 0.0], log_std=-30.0)
     played = navigation.play(params, jnp.array([0.009, 0.3]), jax.random.key(0))
     assert played.running.all()
-    np.testing.assert_allclose(played.rewards.sum(), -100 * np.hypot(0.009, 0.3), rtol=1e-5)
+    np.testing.assert_allclose(played.distances.sum(), 100 * np.hypot(0.009, 0.3), rtol=1e-5)
 
 
 def test_the_goal_is_seen_by_the_oracle_alone(navigation):
@@ -90,7 +90,7 @@ def advantages_by_hand(played, lengths):
     """From lists of the steps that were played, as float64."""
     returns, features = [], []
     for episode, length in enumerate(lengths):
-        rewards = np.asarray(played.rewards[episode, :length], np.float64)
+        rewards = -(np.asarray(played.distances[episode, :length], np.float64) ** 2)
         seen = np.asarray(played.observations[episode, :length], np.float64)
         for t in range(length):
             returns.append(sum(0.99 ** (k - t) * rewards[k] for k in range(t, length)))
@@ -122,7 +122,7 @@ def test_the_loss_has_the_gradient_of_the_score_function(navigation):
     score = -(gained * apart / np.exp(LOG_STD)).mean(0)
     np.testing.assert_allclose(biases(grads), score, atol=2e-3)
     np.testing.assert_allclose(grads["log_std"], -(gained * (apart**2 - 1)).mean(0), atol=2e-3)
-    np.testing.assert_allclose(mean_return, played.rewards.sum() / len(lengths), rtol=1e-5)
+    np.testing.assert_allclose(mean_return, -played.distances.sum() / len(lengths), rtol=1e-5)
 
 
 def test_the_policy_gradient_is_that_of_the_expected_return(navigation, monkeypatch):
@@ -134,7 +134,7 @@ def test_the_policy_gradient_is_that_of_the_expected_return(navigation, monkeypa
 
     def expected(mean):
         x, y = (0.1 * np.clip(m + std * nodes, -1, 1) - g for m, g in zip(mean, goal, strict=True))
-        rewards = -np.hypot(x[:, None], y[None])
+        rewards = -(x[:, None] ** 2) - y[None] ** 2
         first = (weights * rewards).sum()
         return first, np.sqrt((weights * rewards**2).sum() - first**2)
 
@@ -143,7 +143,7 @@ def test_the_policy_gradient_is_that_of_the_expected_return(navigation, monkeypa
     params = constant_policy(navigation, mean, float(np.log(std)))
     goals = jnp.tile(jnp.asarray(goal, jnp.float32), (number, 1))
     grads = jax.grad(lambda p: navigation.loss_fn(p, goals, None, jax.random.key(3))[0])(params)
-    np.testing.assert_allclose(-biases(grads) * expected(mean)[1], slope, atol=1.5e-3)
+    np.testing.assert_allclose(-biases(grads) * expected(mean)[1], slope, atol=4e-4)
 
 
 def test_the_meta_gradient_is_the_adapted_players_own(navigation):
