@@ -214,8 +214,8 @@ def draw(result, path):
     left.set(xlabel="arrivals", ylabel="cumulative query loss", ylim=(0, shown))
     right.set(xlabel="arrivals", ylabel=f"mean of the last {WINDOW * EVERY}", yscale="log")
     right.set_title("one stream; dotted: it jumps, triangles: seen online", fontsize=9, pad=10)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8,
-                  frameon=False)  # fmt: skip
+    labelled = left.get_legend_handles_labels()
+    figure.legend(*labelled, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=80)
