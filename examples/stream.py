@@ -194,9 +194,9 @@ def jumps_of(seed, arrivals):
 
 def draw(result, path):
     """The cumulative losses, and one stream from near."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for color, (name, way) in zip(COLORS, result["ways"].items(), strict=True):
+    for color, (name, way) in zip(COLORS, result["ways"].items(), strict=False):
         curves = np.array(way["cumulative"])
         places = EVERY * (1 + np.arange(curves.shape[1]))
         left.plot(places, curves.T, color=color, lw=0.5, alpha=0.4)
@@ -214,10 +214,11 @@ def draw(result, path):
     left.set(xlabel="arrivals", ylabel="cumulative query loss", ylim=(0, shown))
     right.set(xlabel="arrivals", ylabel=f"mean of the last {WINDOW * EVERY}", yscale="log")
     right.set_title("one stream; dotted: it jumps, triangles: seen online", fontsize=9, pad=10)
-    left.legend(fontsize=7, frameon=False)
+    labelled = left.get_legend_handles_labels()
+    figure.legend(*labelled, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def main():

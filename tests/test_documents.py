@@ -1,5 +1,6 @@
 """What is written down runs: the README's example, the examples, and a docstring a public name."""
 
+import json
 import os
 import re
 import runpy
@@ -56,6 +57,15 @@ def test_the_stream_example(tmp_path):
     assert first[-1] - first[0] < second[-1] - second[0]
     example["draw"]({"ways": ways, "jumps": [example["jumps_of"](0, 40)]}, tmp_path / "stream.png")
     assert (tmp_path / "stream.png").stat().st_size > 10_000
+
+
+def test_the_stream_examples_result_has_meta_learning_ahead_on_every_stream():
+    result = json.loads((ROOT / "examples" / "stream.json").read_text())
+    online, _, *others = result["ways"].values()
+    assert len(others) == 4
+    for way in others:
+        pairs = zip(online["mean_loss"], way["mean_loss"], strict=True)
+        assert all(ours < theirs for ours, theirs in pairs)
 
 
 def test_the_omniglot_example(omniglot_folder):
