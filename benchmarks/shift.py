@@ -43,7 +43,7 @@ def main() -> None:
     chosen = dataclasses.replace(classifier.chosen, eval_steps=asked.eval_steps)
     classifier = dataclasses.replace(classifier, chosen=chosen)
     suite = shift_suite.suite(chosen, fj.datasets.omniglot(download=False))
-    names = list(dict.fromkeys(one.shift for one in suite.conditions))
+    order = [(one.shift, one.label) for one in suite.conditions]
     about = {
         "network": NETWORK,
         "statistics": chosen.statistics,
@@ -53,7 +53,7 @@ def main() -> None:
     measuring = robustness.measure(
         classifier,
         suite.pools,
-        [one for one in suite.conditions if one.shift in (asked.shifts or names)],
+        [one for one in suite.conditions if one.shift in (asked.shifts or [one.shift])],
         experiment.Keys.of(asked.seed).test,
         queries=chosen.queries,
         num_tasks=asked.eval_tasks,
@@ -61,7 +61,7 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for row in measuring:
-        rows = in_order(names, [*others(out, row), about | row])
+        rows = in_order(order, [*others(out, row), about | row])
         common.write("shift", rows, out)
     print(common.table(COLUMNS, rows))
     print(*shift_pictures.conclusions(rows), sep="\n")
@@ -71,12 +71,16 @@ def main() -> None:
 def others(path: Path, new: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that were written before, but for the one that is made again."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if (row["shift"], row["label"]) != (new["shift"], new["label"])]
+    return [row for row in rows if _which(row) != _which(new)]
 
 
-def in_order(names: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Shift by shift, whichever was measured first."""
-    return sorted(rows, key=lambda row: names.index(row["shift"]))
+def in_order(order: list[tuple[str, str]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the report has them, whichever was measured first."""
+    return sorted(rows, key=lambda row: order.index(_which(row)))
+
+
+def _which(row: dict[str, Any]) -> tuple[str, str]:
+    return row["shift"], row["label"]
 
 
 def percent(*path: str, sign: str = "") -> Callable[[dict[str, Any]], str]:

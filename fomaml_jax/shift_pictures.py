@@ -13,7 +13,7 @@ from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS, verdict
 
 Rows = Sequence[Mapping[str, Any]]
 
-COLUMNS, LABEL_WIDTH = 4, 13
+COLUMNS, LABEL_WIDTH = 3, 13
 
 STYLES: Mapping[str, dict[str, Any]] = {
     PIXELS: {"color": "#999999", "ls": ":", "marker": "."},
@@ -35,7 +35,7 @@ def draw(rows: Rows) -> Figure:
     """A panel a shift, accuracy against its strength, each with its 95% interval."""
     shifts = by_shift(rows)
     lines = -(-len(shifts) // COLUMNS)
-    figure = Figure(figsize=(11, 2.7 * lines + 0.7), layout="constrained")
+    figure = Figure(figsize=(9.5, 2.5 * lines + 0.6), layout="constrained")
     grid = figure.subplots(lines, COLUMNS, sharey=True, squeeze=False)
     for axes, (shift, found) in zip(grid.flat, shifts.items(), strict=False):
         _panel(axes, shift, found)

@@ -157,7 +157,8 @@ def test_rare_objects(omniglot_folder, tmp_path):
 
 
 def public_functions():
-    for module in (fj, fj.tasks, fj.datasets, fj.models, fj.rates, fj.schedules, fj.uneven):
+    names = "tasks", "datasets", "models", "rates", "schedules", "shifts", "uneven"
+    for module in (fj, *(getattr(fj, name) for name in names)):
         for name, thing in vars(module).items():
             ours = getattr(thing, "__module__", "").startswith("fomaml_jax")
             if ours and callable(thing) and not name.startswith("_"):
