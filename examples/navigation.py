@@ -31,7 +31,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def trainer(steps, *, inner_steps=1, observe=blind, tasks=TASKS):
 
     Without an inner step it trains one policy on all goals.
     """
-    loss = functools.partial(loss_fn, observe=observe)
+    loss: Any = functools.partial(loss_fn, observe=observe)
     algorithm = fj.fomaml(loss, optax.sgd(INNER_RATE), inner_steps, has_state=True)
     meta_gradient = fj.over_tasks(
         lambda shared, key: algorithm(shared, sample_task(key)),
@@ -198,7 +198,7 @@ def inner(rate):
 
 def judge(num_goals, num_steps, observe=blind):
     """`(params, rate, key) -> fj.Evaluation` of the returns before and after each inner step."""
-    loss = functools.partial(loss_fn, observe=observe)
+    loss: Any = functools.partial(loss_fn, observe=observe)
 
     def sample(key):
         task = sample_task(key)
@@ -248,20 +248,16 @@ def experiment(steps, goals, tasks):
     return one_seed
 
 
-def paths(params, key, shown=3):
-    """A goal, and where a few trajectories pass before and after one step towards it."""
-    task = sample_task(key)
-    inner_key, *keys = jax.random.split(task.key, 1 + shown)
+def before_and_after(params, key, number=3):
+    """A goal, and a few trajectories before and after one step towards it."""
+    task, loss = sample_task(key), cast(Any, loss_fn)
+    goal, (inner_key, play_key) = task.support[0], jax.random.split(task.key)
     adapted, _ = fj.adapt(
-        loss_fn, params, task.support, inner(INNER_RATE), 1, has_state=True, key=inner_key
+        loss, params, task.support, inner(INNER_RATE), 1, has_state=True, key=inner_key
     )
-    before, after = (
-        [play(policy, task.support[0], key) for key in keys] for policy in (params, adapted)
-    )
-    return (
-        task.support[0],
-        *([x.observations[x.running] for x in played] for played in (before, after)),
-    )
+    players = jax.tree.map(lambda *policies: jnp.stack(policies), params, adapted)
+    keys = jax.random.split(play_key, number)
+    return goal, jax.vmap(jax.vmap(play, (None, None, 0)), (0, None, None))(players, goal, keys)
 
 
 def main():
@@ -274,15 +270,18 @@ def main():
     parser.add_argument("--short", action="store_true", help="see it run, and learn nothing")
     asked = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    steps, goals, tasks = (2, 4, 2) if asked.short else (OUTER_STEPS, GOALS, TASKS)
-    one_seed = experiment(steps, goals, tasks)
+    size = (2, 4, 2) if asked.short else (OUTER_STEPS, GOALS, TASKS)
+    one_seed = experiment(*size)
     start, rows, params = time.monotonic(), [], None
     for seed in asked.seeds[:1] if asked.short else asked.seeds:
         row, params = one_seed(seed)
         rows.append(row)
         print(report.write(asked.out, rows, (time.monotonic() - start) / 60), flush=True)
-    keys = jax.random.split(jax.random.key(1), 4)
-    report.draw(asked.out, rows, steps, [paths(params, key) for key in keys])
+    shown = jax.jit(jax.vmap(before_and_after, (None, 0)))
+    goals, played = shown(params, jax.random.split(jax.random.key(1), 4))
+    report.draw(
+        asked.out, rows, size[0], zip(goals, played.observations, played.running, strict=True)
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+LABELS = "before", "after one step"
 COLOURS = {"first-order MAML": "C0", "joint pre-training": "C1"}
 
 
@@ -70,11 +71,18 @@ def write(folder, rows, minutes):
         "rows": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        json.loads(json.dumps(result), parse_float=lambda x: round(float(x), 3)), indent=1
-    )
-    (folder / "navigation.json").write_text(text + "\n")
+    (folder / "navigation.json").write_text(as_json(result) + "\n")
     return table(summary) + f"\nseeds {result['seeds']}, {minutes:.1f} minutes"
+
+
+def as_json(result):
+    """To three digits, with null for a mean over goals of which one led to no finite return."""
+    plain = json.loads(
+        json.dumps(result),
+        parse_float=lambda digits: round(float(digits), 3),
+        parse_constant=lambda not_finite: None,
+    )
+    return json.dumps(plain, indent=1, allow_nan=False)
 
 
 def table(summary):
@@ -88,9 +96,13 @@ def table(summary):
 
 
 def draw(folder, rows, steps, goals):
-    """Writes `navigation.png`: learning curves, and paths before and after one step."""
+    """Writes `navigation.png`: learning curves, and paths before and after one step.
+
+    For each of `goals`: the goal, positions [2, paths, steps, 2], and whether an episode runs.
+    """
     from matplotlib.figure import Figure
 
+    goals = list(goals)
     figure = Figure(figsize=(12, 2.8), layout="constrained")
     curves, *squares = figure.subplots(1, 1 + len(goals), width_ratios=[1.6] + [1] * len(goals))
     for name, colour in COLOURS.items():
@@ -101,10 +113,11 @@ def draw(folder, rows, steps, goals):
             curves.plot(at, curve, color=colour, linewidth=1, label=label)
     curves.set(xlabel="outer steps", ylabel="return", title="learning")
     curves.legend(frameon=False)
-    for square, (goal, before, after) in zip(squares, goals, strict=True):
-        for paths, colour, label in ((before, "0.7", "before"), (after, "C0", "after one step")):
-            for n, path in enumerate(paths):
-                square.plot(*path.T, color=colour, linewidth=1, label=None if n else label)
+    for square, (goal, *played) in zip(squares, goals, strict=True):
+        for colour, label, paths, running in zip(("0.7", "C0"), LABELS, *played, strict=True):
+            for n, (path, there) in enumerate(zip(paths, running, strict=True)):
+                name = None if n else label
+                square.plot(*path[there].T, color=colour, linewidth=1, label=name)
         square.plot(*goal, "*", color="C3", markersize=12, zorder=3)
         square.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xticks=[], yticks=[])
     squares[0].legend(frameon=False, fontsize="small")

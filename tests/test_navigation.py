@@ -167,17 +167,18 @@ def test_the_meta_gradient_is_the_adapted_players_own(navigation):
 
 
 def test_a_step_leads_towards_the_goal(navigation):
-    """On average, and from a policy that knows nothing."""
+    """On average, and from a policy that knows nothing and is the same everywhere."""
     params, goal = constant_policy(navigation, [0.0, 0.0], log_std=0.0), jnp.array([0.4, -0.3])
     adapted, _ = fj.adapt(
-        *(navigation.loss_fn, params, jnp.tile(goal, (20, 1)), optax.sgd(0.5), 1),
+        *(navigation.loss_fn, params, jnp.tile(goal, (20, 1)), optax.sgd(0.1), 1),
+        trainable=lambda path: path.endswith("bias"),
         has_state=True,
         key=jax.random.key(6),
     )
     assert (biases(adapted) * goal > 0).all()
     many, key = jnp.tile(goal, (200, 1)), jax.random.key(7)
     before, after = (navigation.loss_fn(p, many, None, key)[1][1] for p in (params, adapted))
-    assert after > before + 1
+    assert after > before
 
 
 def test_the_short_form_runs(tmp_path):
