@@ -25,7 +25,7 @@ import numpy as np
 import fomaml_jax as fj
 from fomaml_jax import classifiers, experiment, options, problems, recipes, runs
 from fomaml_jax.batch_statistics import beside_support
-from fomaml_jax.datasets import ImageClasses
+from fomaml_jax.datasets import ImageClasses, Splits
 from fomaml_jax.devices import use_every_core
 from fomaml_jax.tasks import TaskDistribution
 
@@ -77,7 +77,7 @@ def judged(
     for setting in asked.settings:
         ways, shots = SETTINGS[setting]
         problem = problems.build(dataclasses.replace(chosen, ways=ways, shots=shots))
-        assert problem.splits is not None
+        assert isinstance(problem.splits, Splits)
         classes = problem.splits.test
         protocols = {
             name: fj.tasks.episodes(

@@ -10,7 +10,8 @@ taken for strangers, how many strangers for known, and the chance that a known p
 to its nearest class than a stranger (AUROC). Confidence is the mean probability of what is
 predicted for known pictures, to be held against the accuracy. Intervals are over tasks. Times are
 of the compiled functions, one JAX device, medians over tasks; the command is timed whole, in a
-process of its own.
+process of its own, by the clock and by what the processor spent on it. By the clock all times are
+those of a machine with as much other work as the load average says.
 """
 
 import argparse
@@ -37,10 +38,16 @@ from PIL import Image
 import fomaml_jax as fj
 from fomaml_jax import classifiers, heads
 from fomaml_jax.batch_statistics import Beside
-from fomaml_jax.datasets import Pictures
+from fomaml_jax.datasets import ImageClasses, Pictures
 
 QUERIES = 3
 """Pictures to be judged on, of each class and of each stranger."""
+
+SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+"""Of the way from strangers to a picture itself, for the threshold with one example a class."""
+
+LOAD = "load average"
+"""Of the machine while the command is timed: processes that want a core, this one included."""
 
 SIZE = 105
 """Of Omniglot's drawings, which are written as they are."""
@@ -53,39 +60,41 @@ def main() -> None:
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--tasks", type=int, nargs="+", default=[200], help="for each of the shots")
     parser.add_argument("--characters", type=int, help="so many alone; all unless given")
-    parser.add_argument("--parts", nargs="+", choices=["tasks", "command"], default=["tasks"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["tasks", "share", "command"], default=["tasks"]
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
     out = asked.out or common.RESULTS / f"rare_objects-{jax.devices()[0].platform}.json"
     tasks = asked.tasks * len(asked.shots) if len(asked.tasks) == 1 else asked.tasks
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        found = fj.datasets.few_pictures(export(Path(folder), asked.characters))
+    splits = fj.datasets.omniglot(size=SIZE)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+        found = read(splits.test, Path(folder), asked.characters)
+        validation = read(splits.validation, Path(other), asked.characters)
         for shots, count in zip(asked.shots, tasks, strict=True):
             rng = np.random.default_rng((asked.seed, shots))
             row = before(out, asked.ways, shots)
             if "tasks" in asked.parts:
                 row |= judged(found, asked.ways, shots, count, rng)
+            if "share" in asked.parts:
+                row |= shares(validation, asked.ways, count, rng)
             if "command" in asked.parts:
                 row |= commanded(found, asked.ways, shots, rng)
             rows = sorted([*rest(out, asked.ways, shots), row], key=_setting)
             common.write("rare_objects", rows, out)
-    for name, columns in TABLES.items():
-        print(f"\n{name}\n\n{common.table(columns, rows)}", flush=True)
+    print("\n" + "\n\n".join(page(rows)))
 
 
-def export(folder: Path, characters: int | None) -> Path:
-    """Writes the drawings as PNG pictures, one folder a character."""
-    test = fj.datasets.omniglot(size=SIZE).test
-    evaluation = fj.datasets.omniglot(split="background").test
-    here = [c for c, name in enumerate(test.names) if name in set(evaluation.names)]
-    for c in here[:characters]:
-        home = folder / test.names[c].replace("/", " ")
+def read(classes: ImageClasses, folder: Path, characters: int | None) -> Pictures:
+    """Writes drawings as PNG pictures, one folder a character, and reads them as a user's."""
+    for images, name in list(zip(classes.images, classes.names, strict=True))[:characters]:
+        home = folder / name.replace("/", " ")
         home.mkdir()
-        for drawer, ink in enumerate(test.images[c, ..., 0], start=1):
+        for drawer, ink in enumerate(images[..., 0], start=1):
             Image.fromarray(255 - ink).save(home / f"{drawer:02}.png")
-    return folder
+    return fj.datasets.few_pictures(folder)
 
 
 def drawn(found: Pictures, ways: int, shots: int, rng: np.random.Generator) -> tuple[Any, ...]:
@@ -148,6 +157,31 @@ def judged(
     }
 
 
+def shares(found: Pictures, ways: int, count: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Errors by where the threshold is put with one example a class, on validation characters."""
+    classifier = fj.load_classifier("pretrained:omniglot")
+    names, y = tuple(map(str, range(ways))), np.arange(ways)
+    adapt = jax.jit(lambda x: fj.adapt_classifier(classifier, (x, y), names=names))
+    predict = jax.jit(fj.AdaptedClassifier.predict)
+    errors = {share: {"known rejected": [], "strangers accepted": []} for share in SHARES}
+    for _ in range(count):
+        support, *others = drawn(found, ways, 1, rng)
+        adapted = adapt(found.images[support])
+        said = jax.device_get(predict(adapted, found.images[np.concatenate(others)]))
+        known, strangers = np.split(said.similarity, 2)
+        of_strangers = float(adapted.calibration.strangers)
+        for share, errors_there in errors.items():
+            threshold = of_strangers + share * (1 - of_strangers)
+            errors_there["known rejected"].append(np.mean(known < threshold))
+            errors_there["strangers accepted"].append(np.mean(strangers >= threshold))
+    return {
+        "share": {
+            str(share): {kind: summary(values) for kind, values in errors_there.items()}
+            for share, errors_there in errors.items()
+        }
+    }
+
+
 def untrained_features(classifier: fj.Classifier) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """What the head would see of support and queries, had the network not been trained."""
     chosen = classifier.chosen
@@ -186,7 +220,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def commanded(
-    found: Pictures, ways: int, shots: int, rng: np.random.Generator, repeats: int = 3
+    found: Pictures, ways: int, shots: int, rng: np.random.Generator, repeats: int = 2
 ) -> dict[str, Any]:
     """The whole command on random tasks in folders: its seconds, of clock and processor."""
     timed = []
@@ -202,7 +236,7 @@ def commanded(
         processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         timed.append({"clock": clock, "processor": processor, "accuracy": result["accuracy"]})
     load = os.getloadavg()[0]
-    return {"command": {"runs": timed, "other processes (load average)": load}}
+    return {"command": {"runs": timed, LOAD: load}}
 
 
 def task_folders(found: Pictures, task: tuple[Any, ...], home: Path) -> list[str]:
@@ -271,13 +305,28 @@ TABLES: dict[str, Columns] = {
         "pictures": lambda row: str(row["seconds"]["queries"]),
         "command, s": lambda row: _of_command(row, "clock"),
         "of processor, s": lambda row: _of_command(row, "processor"),
+        "load average": lambda row: f"{row['command'][LOAD]:.0f}" if "command" in row else "-",
     },
+}
+
+
+OF_SHARES: Columns = {
+    "of the way from strangers to 1": lambda row: row["share"],
+    "known rejected": percent("known rejected"),
+    "strangers accepted": percent("strangers accepted"),
 }
 
 
 def page(rows: list[dict[str, Any]]) -> list[str]:
     """The tables of the page."""
-    return [f"{name}\n\n{common.table(columns, rows)}" for name, columns in TABLES.items()]
+    tables = [f"{name}\n\n{common.table(columns, rows)}" for name, columns in TABLES.items()]
+    tried = [
+        {"share": share, **found} for row in rows for share, found in row.get("share", {}).items()
+    ]
+    if tried:
+        title = "Where the threshold is put with one example a class, validation characters, %:"
+        tables.append(f"{title}\n\n{common.table(OF_SHARES, tried)}")
+    return tables
 
 
 if __name__ == "__main__":

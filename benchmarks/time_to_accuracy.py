@@ -23,7 +23,7 @@ from typing import Any
 import common
 import numpy as np
 
-from fomaml_jax import experiment, options, problems
+from fomaml_jax import datasets, experiment, options, problems
 from fomaml_jax.devices import use_every_core
 
 MARKS = (0.90, 0.95, 0.97)
@@ -113,7 +113,7 @@ def ours(chosen: options.ImageOptions, problem: problems.Problem) -> Iterator[Po
 
 def torch(chosen: options.ImageOptions, problem: problems.Problem, python: str) -> Iterator[Point]:
     """The same in a process of its own; nothing where there is no PyTorch."""
-    assert problem.splits
+    assert isinstance(problem.splits, datasets.Splits)
     setting = {
         "rate": chosen.rate,
         "inner_rate": chosen.inner_rate,

@@ -47,7 +47,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="folder of Omniglot's archives")
     parser.add_argument("--out", type=Path, default=Path("characters"), help="(%(default)s)")
-    parser.add_argument("--shots", type=int, default=5, help="examples a class (%(default)s)")
+    parser.add_argument("--shots", type=int, default=1, help="examples a class (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
 

@@ -12,7 +12,8 @@ import numpy as np
 from fomaml_jax import options, runs
 from fomaml_jax.classifiers import initial_params
 from fomaml_jax.heads import HEAD
-from fomaml_jax.recognition import AdaptedClassifier, Calibration
+from fomaml_jax.recognition import AdaptedClassifier
+from fomaml_jax.thresholds import Calibration
 
 ABOUT = "about"
 KIND = "adapted classifier, 1"

@@ -1,11 +1,4 @@
-"""A classifier adapted to a few labelled pictures, which also knows when a picture is of no class.
-
-How alike a picture is to a class is the cosine of its features, those that the head sees, with the
-mean of the class's. Below a threshold it is "none of these". The threshold comes from the support
-set alone: what strangers look like is learned by leaving out a class, adapting to the others, and
-asking how alike its examples are to these; what relatives look like, by holding out a fifth of the
-examples of every class that has two or more.
-"""
+"""A classifier adapted to a few labelled pictures, which knows when one is of no class."""
 
 import dataclasses
 import functools
@@ -18,41 +11,21 @@ from jax.core import Tracer
 
 from fomaml_jax import options, refusals
 from fomaml_jax.batch_statistics import Beside
-from fomaml_jax.classifiers import Classifier, Weighted, as_pictures, predictor
-from fomaml_jax.heads import HEAD, with_head, without_head
+from fomaml_jax.classifiers import Classifier, as_pictures
+from fomaml_jax.thresholds import (
+    Calibration,
+    adapted_with_means,
+    calibrated,
+    evenly,
+    folds,
+    logits_and_features,
+    similarity,
+)
 from fomaml_jax.types import Batch, Params
 
 NONE = "none of these"
 
 Background = Literal["auto", "light", "dark", "as is"]
-
-FOLDS = 5
-"""Parts of the support set that are held out in turn."""
-
-MOST_HELD_OUT = 100
-"""Examples that are judged for the threshold: each takes a pass over the whole support set."""
-
-ONE_SHOT_SHARE = 0.3
-"""Where the threshold is between strangers and a picture itself, with one example a class: best of
-0.3, 0.4, ... 0.7 on 200 tasks of Omniglot's validation characters, 5-way, for the network that
-comes with the package."""
-
-
-class Calibration(NamedTuple):
-    """Where a picture begins to be one of the classes, and why.
-
-    Attributes:
-        threshold: `[]`, the least similarity of a picture of one of the classes: midway between the
-            other two, or, without `held_out`, 0.3 of the way from `strangers` to 1.
-        strangers: `[]`, mean similarity of examples to the nearest class other than theirs, the
-            network having been adapted without theirs.
-        held_out: `[]`, mean similarity to the nearest class of examples that were held out; NaN
-            where every class has but one example.
-    """
-
-    threshold: jax.Array
-    strangers: jax.Array
-    held_out: jax.Array
 
 
 class Predictions(NamedTuple):
@@ -116,15 +89,15 @@ class AdaptedClassifier:
             ValueError: for pictures of another shape, or unknown statistics.
         """
         refusals.check_choice("statistics", statistics, ("one-at-a-time", "transductive"))
-        queries = _evenly(as_pictures(x, self.picture))
+        queries = evenly(as_pictures(x, self.picture))
         if statistics == "one-at-a-time":
-            queries = Beside(_evenly(as_pictures(self.support[0], self.picture)), queries)
-        logits, features = _logits_and_features(self.chosen, self.params, queries)
-        similarity = _similarity(features, self.means)
+            queries = Beside(evenly(as_pictures(self.support[0], self.picture)), queries)
+        logits, features = logits_and_features(self.chosen, self.params, queries)
+        nearest = similarity(features, self.means)
         return Predictions(
             jax.nn.softmax(logits[:, : len(self.names)]),
-            similarity,
-            similarity >= self.calibration.threshold,
+            nearest,
+            nearest >= self.calibration.threshold,
         )
 
 
@@ -177,9 +150,12 @@ def adapt_classifier(
     x = as_pictures(support[0], classifier.picture)
     _check_classes(classifier, x, y, names)
     y = y.astype(jnp.int32)
-    weights = jnp.concatenate([jnp.ones((1, len(x))), *_held_out(y, len(names))]).astype(x.dtype)
+    kept = [jnp.ones((1, len(x)), bool), *folds(y, len(names))]
+    weights = jnp.concatenate(kept).astype(x.dtype)
     # All adaptations in one loop, and so in one compiled body: compilation is what takes time here.
-    adaptations = jax.lax.map(lambda w: _adapted(classifier, x, y, w, len(names)), weights)
+    adaptations = jax.lax.map(
+        lambda w: adapted_with_means(classifier, x, y, w, len(names)), weights
+    )
     params, means = jax.tree.map(lambda leaf: leaf[0], adaptations)
     return AdaptedClassifier(
         classifier.chosen,
@@ -188,7 +164,7 @@ def adapt_classifier(
         params,
         (jnp.asarray(support[0]), y),
         means,
-        _calibrated(classifier.chosen, (x, y), weights, adaptations, len(names)),
+        calibrated(classifier.chosen, (x, y), weights, adaptations, len(names)),
         background or background_of(classifier),
     )
 
@@ -196,97 +172,6 @@ def adapt_classifier(
 def background_of(classifier: Classifier) -> Background:
     """How pictures in files are read unless it is said: drawings by their ground, others as is."""
     return "as is" if isinstance(classifier.chosen, options.Folder) else "auto"
-
-
-def _held_out(y: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
-    """Which examples stay where a class is held out, and where a part of every class is.
-
-    Both are bool, `[classes, n]` and `[FOLDS, n]`. The only example of a class always stays in the
-    latter.
-    """
-    without_class = y[None] != jnp.arange(classes)[:, None]
-    part = _rank(y) % FOLDS
-    return without_class, (part[None] != jnp.arange(FOLDS)[:, None]) | (_count(y) == 1)[None]
-
-
-def _rank(y: jax.Array) -> jax.Array:
-    """Of each example in its class, from 0."""
-    return jnp.tril(y[:, None] == y[None], -1).sum(1)
-
-
-def _count(y: jax.Array) -> jax.Array:
-    """How many examples each one's class has."""
-    return (y[:, None] == y[None]).sum(1)
-
-
-def _adapted(
-    classifier: Classifier, x: jax.Array, y: jax.Array, weights: jax.Array, classes: int
-) -> tuple[Params, jax.Array]:
-    """Adapted parameters, and the classes' mean features: zero of a class that is held out."""
-    ways = None if classifier.chosen.head == "learned" else classes
-    params = classifier.adapt((x, y), ways=ways, weights=weights)
-    _, features = _logits_and_features(classifier.chosen, params, Weighted(x, weights))
-    of_class = jax.nn.one_hot(y, classes) * weights[:, None]
-    return params, _unit(of_class.T @ _unit(features))
-
-
-def _calibrated(
-    chosen: options.ImageOptions,
-    support: Batch,
-    weights: jax.Array,
-    adaptations: tuple[Params, jax.Array],
-    classes: int,
-) -> Calibration:
-    """How alike the examples are to the classes where they were held out, and what lies between."""
-    x, y = support
-    judged = np.linspace(0, len(x) - 1, min(len(x), MOST_HELD_OUT)).round().astype(np.int32)
-    without_its_class = 1 + y
-    without_it = 1 + classes + _rank(y) % FOLDS
-
-    def similarity(of: tuple[jax.Array, jax.Array]) -> jax.Array:
-        example, row = of
-        (params, means), w = jax.tree.map(lambda leaf: leaf[row], (adaptations, weights))
-        inputs = Beside(Weighted(x, w), _evenly(x[example][None]))
-        return _similarity(_logits_and_features(chosen, params, inputs)[1], means)[0]
-
-    rows = jnp.concatenate([without_its_class[judged], without_it[judged]])
-    found = jax.lax.map(similarity, (np.tile(judged, 2), rows))
-    of_strangers, of_relatives = jnp.split(found, 2)
-    strangers = of_strangers.mean()
-    held_out = of_relatives.mean(where=_count(y)[judged] > 1)
-    midway = (strangers + held_out) / 2
-    one_shot = strangers + ONE_SHOT_SHARE * (1 - strangers)
-    return Calibration(jnp.where(jnp.isnan(held_out), one_shot, midway), strangers, held_out)
-
-
-def _logits_and_features(
-    chosen: options.ImageOptions, params: Params, inputs: Any
-) -> tuple[jax.Array, jax.Array]:
-    """What the head says and what it sees, in one pass: the identity stands beside it."""
-    head = params["params"][HEAD]
-    features, ways = head["kernel"].shape
-    wide = {
-        "kernel": jnp.concatenate([head["kernel"], jnp.eye(features)], 1),
-        "bias": jnp.concatenate([head["bias"], jnp.zeros(features)]),
-    }
-    both = predictor(chosen)(with_head(without_head(params), wide), inputs)
-    return both[:, :ways], both[:, ways:]
-
-
-def _similarity(features: jax.Array, means: jax.Array) -> jax.Array:
-    """The cosine with the nearest class; of classes without a mean, none is."""
-    cosines = _unit(features) @ means.T
-    return jnp.where((means != 0).any(1)[None], cosines, -1.0).max(1)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """Each row scaled to norm 1; zero stays zero."""
-    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-    return x / jnp.where(norm > 0, norm, 1)
-
-
-def _evenly(x: jax.Array) -> Weighted:
-    return Weighted(x, jnp.ones(len(x)))
 
 
 def _check_classes(

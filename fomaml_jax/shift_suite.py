@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fomaml_jax import datasets, options
-from fomaml_jax.datasets import ImageClasses, Splits
+from fomaml_jax.datasets import GroupSplits, ImageClasses, Splits
 from fomaml_jax.robustness import Condition, Pool, Setting
 
 ANGLES = (0, 15, 30, 45, 90, 180)
@@ -46,13 +46,13 @@ class Suite(NamedTuple):
     left_out: list[str]
 
 
-def suite(chosen: options.Options, splits: Splits | None) -> Suite:
+def suite(chosen: options.Options, splits: Splits | GroupSplits | None) -> Suite:
     """The suite of a run; reads the other data sets that are there, and downloads none.
 
     Raises:
         ValueError: for a run without pictures, or without classes to mistake for one another.
     """
-    if splits is None or not isinstance(chosen, options.ImageOptions):
+    if not (isinstance(splits, Splits) and isinstance(chosen, options.ImageOptions)):
         raise ValueError(f"--shift: {options.name_of(chosen)} has no pictures to shift")
     if chosen.ways < 2:
         raise ValueError(f"--shift needs tasks of at least 2 ways, got {chosen.ways}")

@@ -12,7 +12,7 @@ from few_shot_runs import small_classifier, small_networks, write_run
 from problems import assert_close
 
 import fomaml_jax as fj
-from fomaml_jax import adapted_files, classifiers, options, recognition, runs
+from fomaml_jax import adapted_files, classifiers, options, runs, thresholds
 from fomaml_jax.batch_statistics import Beside
 from fomaml_jax.heads import HEAD, with_head, without_head
 
@@ -222,4 +222,4 @@ def test_a_file_that_is_damaged_or_another_is_refused(adapted, tmp_path):
 
 
 def test_what_the_share_of_one_shot_is_said_to_be():
-    assert str(recognition.ONE_SHOT_SHARE) in (recognition.Calibration.__doc__ or "")
+    assert str(thresholds.ONE_SHOT_SHARE) in (thresholds.Calibration.__doc__ or "")

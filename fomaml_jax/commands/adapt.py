@@ -11,7 +11,8 @@ from tyro.conf import Positional
 from fomaml_jax.adapted_files import save_adapted
 from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.commands.endings import plain_warnings, refusing
-from fomaml_jax.commands.recognising import Recognise, check_out, how_read, read, recognise
+from fomaml_jax.commands.recognised import how_read
+from fomaml_jax.commands.recognising import Recognise, check_out, read, recognise
 from fomaml_jax.commands.words import parse
 from fomaml_jax.datasets import Pictures
 from fomaml_jax.devices import keep_compiled_programs

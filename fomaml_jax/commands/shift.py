@@ -8,6 +8,7 @@ from fomaml_jax import shift_pictures as shown
 from fomaml_jax.classifiers import Classifier
 from fomaml_jax.commands.endings import INTERRUPTED, refusing, say, stop
 from fomaml_jax.commands.tables import STATISTICS
+from fomaml_jax.datasets import Splits
 from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS
 
 TASKS = 200
@@ -50,7 +51,7 @@ def measured(
 ) -> dict[str, Any]:
     """The report as plain JSON."""
     assert isinstance(chosen, options.ImageOptions)
-    assert problem.splits is not None
+    assert isinstance(problem.splits, Splits)
     classifier = Classifier(chosen, params, problem.splits.test.images.shape[2:])
     key = experiment.Keys.of(chosen.seed).test
     measuring = robustness.measure(

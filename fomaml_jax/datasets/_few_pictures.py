@@ -68,8 +68,8 @@ def few_pictures(
         ...     ImageDraw.Draw(drawing).line((20, 30, 60, 30), "black", 5)
         ...     drawing.save(pathlib.Path(folder, "dash.png"))
         ...     found = few_pictures(folder)
-        >>> found.images.shape, found.images[0, 0, 0, 0], found.images.max(), found.inverted
-        ((1, 28, 28, 1), 0, 255, 1)
+        >>> found.images.shape, found.inverted
+        ((1, 28, 28, 1), 1)
     """
     check_choice("channels", channels, (1, 3))
     check_choice("background", background, ("auto", "light", "dark", "as is"))
