@@ -196,6 +196,9 @@ def fine_tuned(x, y, counts, train, unseen, shots, steps):
         (x, y), weights = batch
         return fj.uneven.weighted_mean((outputs(params, x) - y) ** 2, weights)
 
+    def descent(rate):
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
+
     def trained(groups):
         meta_gradient = fj.fomaml(loss_fn, optax.identity(), 0)  # no step: joint training
         learner = fj.meta_learner(
@@ -229,7 +232,7 @@ def fine_tuned(x, y, counts, train, unseen, shots, steps):
 
         def of(rate, p):
             support = (inputs[p, :shots], targets[p, :shots]), jnp.ones(shots)
-            own, _ = fj.adapt(loss_fn, params, support, optax.sgd(rate), 10)
+            own, _ = fj.adapt(loss_fn, params, support, descent(rate), 10)
             return first.mean() + first.std() * outputs(own, inputs[p])
 
         return jax.lax.map(lambda rate: jax.vmap(lambda p: of(rate, p))(others), jnp.array(RATES))
@@ -242,5 +245,5 @@ def fine_tuned(x, y, counts, train, unseen, shots, steps):
         later_error(np.asarray(y)[h], p, counts[h], shots).mean(-1)
         for h, p in zip(held, on_held, strict=True)
     ]
-    best = np.argmin(errors, axis=1)
+    best = np.argmin(np.nan_to_num(errors, nan=np.inf), axis=1)
     return np.asarray(predict(train, unseen))[np.arange(len(train)), best]

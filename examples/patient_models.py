@@ -42,6 +42,8 @@ class Model(NamedTuple):
         strengths: what a patient's rows may weigh against the population.
         delta: errors beyond this count linearly.
         unit: what errors are counted in, so that one is large.
+        rate: the first inner rate; it is learned.
+        clip: the largest norm of an inner gradient.
         shots: rows given.
     """
 
@@ -53,6 +55,8 @@ class Model(NamedTuple):
     strengths: tuple[float, ...]
     delta: float
     unit: float = 1.0
+    rate: float = 0.1
+    clip: float = 10.0
     shots: int = 5
 
 
@@ -66,9 +70,9 @@ def everybody_alike(shared: fj.WithRates) -> fj.WithRates:
     return fj.WithRates({name: is_patient(name) for name in shared.params}, False)
 
 
-def inner(log_rate: jax.Array) -> optax.GradientTransformation:
+def inner(log_rate: jax.Array, clip: float) -> optax.GradientTransformation:
     """Gradient descent at a learned rate."""
-    return optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(jnp.exp(log_rate)))
+    return optax.chain(optax.clip_by_global_norm(clip), optax.sgd(jnp.exp(log_rate)))
 
 
 def loss_fn(params, batch, model, strength):
@@ -89,9 +93,10 @@ def fit_and_predict(model, patients, train, unseen, key, strength, *, steps):
     rows, counts = (x[train], patients.y[train]), patients.counts[train]
     task_key = jax.random.fold_in(key, 1)
     loss = functools.partial(loss_fn, model=model, strength=strength)
+    descent = functools.partial(inner, clip=model.clip)
     learner = fj.meta_learner(
         fj.over_tasks(
-            fj.learned_rates(loss, inner, INNER_STEPS, trainable=is_patient), tasks_at_once=None
+            fj.learned_rates(loss, descent, INNER_STEPS, trainable=is_patient), tasks_at_once=None
         ),
         optax.chain(
             optax.adam(optax.cosine_decay_schedule(1e-2, steps, alpha=0.01)),
@@ -109,9 +114,9 @@ def fit_and_predict(model, patients, train, unseen, key, strength, *, steps):
             tasks = jax.vmap(sample_task)(fj.tasks.task_keys(task_key, state.step, 16))
         return learner.step(state, tasks)[0], None
 
-    state = learner.init(fj.WithRates(model.init(key), jnp.log(0.1)))
+    state = learner.init(fj.WithRates(model.init(key), jnp.log(model.rate)))
     state, _ = jax.lax.scan(step, state, length=steps)
-    shared, optimizer = state.params.params, inner(state.params.rates)
+    shared, optimizer = state.params.params, descent(state.params.rates)
 
     def predict(x, y):
         support = (x[: model.shots], y[: model.shots]), jnp.ones(model.shots)

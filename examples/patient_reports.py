@@ -9,6 +9,10 @@ from patient_baselines import later_error
 from patient_models import cross_validate, ensemble
 
 
+OWN_MEAN = "patient's own mean"
+"""What knows nothing but the patient."""
+
+
 class Judged(NamedTuple):
     """A comparison: plain JSON, predictions by name, and half the width of the 90% intervals."""
 
@@ -123,6 +127,10 @@ def summary(rows, unseen, names):
         if name in others:
             apart = _by_patient(rows[ours] - errors, unseen)
             table[name]["ours_minus_this"] = _interval(apart)
+        if OWN_MEAN in rows and name != OWN_MEAN:
+            table[name]["this_minus_own_mean"] = _interval(
+                _by_patient(errors - rows[OWN_MEAN], unseen)
+            )
     tested = int(np.isfinite(_by_patient(rows[ours], unseen)).sum())
     return {"patients": len(names), "patients_tested": tested, "models": table}
 

@@ -39,7 +39,8 @@ def test_a_concentration_is_the_solution_of_the_compartments_equations():
         "base": jnp.log(jnp.array([*gains, *constants])),
     }
     x = np.stack([[t, np.log(rate), end, 0, 0, 0, 0, 0] for t in minutes]).astype(np.float32)
-    found = np.exp(pharmacokinetics.log_concentration(params, jnp.asarray(x)))
+    with jax.numpy_rank_promotion("allow"):
+        found = np.exp(pharmacokinetics.log_concentration(params, jnp.asarray(x)))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -49,6 +50,7 @@ def test_a_score_is_a_level_and_a_drift():
     params = patients.first_params(jax.random.key(0)) | {
         "level": jnp.float32(2.0),
         "drift": jnp.float32(0.1),
+        "directions": jnp.diag(jnp.array([0.3, 0.1])),
         "patient": jnp.array([1.0, -1.0]),
     }
     x = np.zeros((3, 19), np.float32)
@@ -77,14 +79,14 @@ def test_offsets_remove_what_a_patient_differs_in():
     import patient_baselines
 
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(12, 8, 2))
-    y = x @ [1.0, -2.0] + 5 * rng.normal(size=(12, 1))
-    counts = np.array([8, 6] * 6)
-    orders = rng.permutation(12)[None]
+    x = rng.normal(size=(60, 8, 2))
+    y = x @ [1.0, -2.0] + 2 * rng.normal(size=(60, 1))
+    counts = np.array([8, 6] * 30)
+    orders = rng.permutation(60)[None]
     found = patient_baselines.of_tables(
-        x, y, counts, orders[:, :9], orders[:, 9:], 3, second_order=False, boosted=False
+        x, y, counts, orders[:, :50], orders[:, 50:], 3, second_order=False, boosted=False
     )
-    truth, real = y[orders[:, 9:]], counts[orders[:, 9:]]
+    truth, real = y[orders[:, 50:]], counts[orders[:, 50:]]
     errors = {n: patient_baselines.later_error(truth, p, real, 3).mean() for n, p in found.items()}
     assert errors["ridge, offset"] < 0.3 < errors["ridge"]
     own = truth[..., :3].mean(-1, keepdims=True)

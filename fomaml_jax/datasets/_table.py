@@ -133,7 +133,7 @@ def _usable(
         "time": np.isnan(times),
     }
     if missing == "drop":
-        lacking["feature"] = np.isnan(values[:, 1:]).any(1)
+        lacking["feature"] = np.asarray(np.isnan(values[:, 1:]).any(1))
     for what, rows in lacking.items():
         if rows.any():
             _say(f"{rows.sum()} of {len(rows)} rows are left out, their {what} is missing")
