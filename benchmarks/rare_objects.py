@@ -70,15 +70,16 @@ def main() -> None:
     tasks = asked.tasks * len(asked.shots) if len(asked.tasks) == 1 else asked.tasks
     rows: list[dict[str, Any]] = []
     splits = fj.datasets.omniglot(size=SIZE)
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+    with tempfile.TemporaryDirectory() as folder:
         found = read(splits.test, Path(folder), asked.characters)
-        validation = read(splits.validation, Path(other), asked.characters)
         for shots, count in zip(asked.shots, tasks, strict=True):
             rng = np.random.default_rng((asked.seed, shots))
             row = before(out, asked.ways, shots)
             if "tasks" in asked.parts:
                 row |= judged(found, asked.ways, shots, count, rng)
             if "share" in asked.parts:
+                with tempfile.TemporaryDirectory() as other:
+                    validation = read(splits.validation, Path(other), asked.characters)
                 row |= shares(validation, asked.ways, count, rng)
             if "command" in asked.parts:
                 row |= commanded(found, asked.ways, shots, rng)
