@@ -29,6 +29,7 @@ from fomaml_jax.learned_rates import WithRates
 from fomaml_jax.tasks import as_float
 from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import Batch, LossFn, Params
+from fomaml_jax.uneven import weighted_mean
 
 Predict = Callable[[Params, Any], jax.Array]
 
@@ -82,15 +83,21 @@ def predictor(chosen: options.ImageOptions) -> Predict:
     return one_at_a_time(fast, queries_at_once=QUERIES_AT_ONCE)
 
 
-def cross_entropy(predict: Predict) -> LossFn:
-    """The mean cross-entropy of predicted logits, as a loss function of `(x, labels)`."""
+def cross_entropy(predict: Predict, *, balanced: bool = False) -> LossFn:
+    """The mean cross-entropy of predicted logits, as a loss function of `(x, labels)`.
+
+    Balanced, it is the mean over the classes there are of the mean of each class's examples: where
+    they have uneven numbers, none outweighs the others.
+    """
 
     def loss_fn(params: Params, batch: Batch) -> jax.Array:
         x, y = batch
         losses = optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y)
-        if isinstance(x, Weighted):
-            return jnp.average(losses, weights=x.weights)
-        return losses.mean()
+        weights = x.weights if isinstance(x, Weighted) else jnp.ones_like(losses)
+        if balanced:
+            of_class = (y[:, None] == y[None, :]).astype(weights.dtype) @ weights
+            weights = weights / jnp.where(of_class > 0, of_class, jnp.ones_like(of_class))
+        return weighted_mean(losses, weights)
 
     return loss_fn
 
@@ -166,6 +173,8 @@ class Classifier:
     ) -> Params:
         """Parameters adapted to labelled pictures.
 
+        Each class counts the same, however many pictures it has.
+
         Args:
             support: pictures `[n, height, width, channels]`, uint8 or in `[0, 1]`, and labels
                 `[n]` from 0 to `ways - 1`.
@@ -188,7 +197,7 @@ class Classifier:
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
         return adapt(
-            cross_entropy(predictor(self.chosen)),
+            cross_entropy(predictor(self.chosen), balanced=True),
             start_of(self.chosen, self.params, self._head(ways), ways),
             (x if weights is None else Weighted(x, weights), jnp.asarray(y)),
             inner_of(self.chosen, self.params, ways),
