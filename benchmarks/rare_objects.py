@@ -10,8 +10,8 @@ taken for strangers, how many strangers for known, and the chance that a known p
 to its nearest class than a stranger (AUROC). Confidence is the mean probability of what is
 predicted for known pictures, to be held against the accuracy. Intervals are over tasks. Times are
 of the compiled functions, one JAX device, medians over tasks; the command is timed whole, in a
-process of its own, by the clock and by what the processor spent on it. By the clock all times are
-those of a machine with as much other work as the load average says.
+process of its own, by the clock and by what the processor spent on it. The load average is
+that of the machine as the command was timed; it had more other work as the functions were.
 """
 
 import argparse

@@ -240,6 +240,9 @@ class Classifier:
         if np.shape(y) != x.shape[:1]:
             raise ValueError(f"labels must be [{len(x)}], one a picture, got {list(np.shape(y))}")
         traced = isinstance(y, Tracer)
+        y = (
+            y if traced else np.asarray(y)
+        )  # a jax.Array would be traced in a loop that closes over it
         if self.chosen.head == "learned":
             if ways not in (None, self.chosen.ways):
                 raise ValueError(f"the head is learned for {self.chosen.ways} ways, got {ways}")

@@ -191,10 +191,11 @@ def _check_classes(
         raise ValueError(f"labels must be [{len(x)}], one a picture, got {list(y.shape)}")
     if isinstance(y, Tracer):
         return
-    if missing := sorted(set(range(classes)) - set(np.asarray(y).tolist())):
+    there = set(np.asarray(y).tolist())
+    if missing := sorted(set(range(classes)) - there):
         raise ValueError(f"every class needs an example, {names[missing[0]]} has none")
-    if y.min() < 0 or y.max() >= classes:
+    if not there <= set(range(classes)):
         raise ValueError(
-            f"labels must be from 0 to {classes - 1} for {classes} names, got {y.min()} to "
-            f"{y.max()}"
+            f"labels must be from 0 to {classes - 1} for {classes} names, got {min(there)} to "
+            f"{max(there)}"
         )
