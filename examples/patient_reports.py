@@ -8,7 +8,6 @@ import numpy as np
 from patient_baselines import later_error
 from patient_models import cross_validate, ensemble
 
-
 OWN_MEAN = "patient's own mean"
 """What knows nothing but the patient."""
 
