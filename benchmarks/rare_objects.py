@@ -318,6 +318,12 @@ OF_SHARES: Columns = {
 }
 
 
+def compact(rows: list[dict[str, Any]]) -> str:
+    """How good it is, in percent."""
+    accuracy, none_of_these, _ = TABLES.values()
+    return common.table(accuracy | none_of_these, rows)
+
+
 def page(rows: list[dict[str, Any]]) -> list[str]:
     """The tables of the page."""
     tables = [f"{name}\n\n{common.table(columns, rows)}" for name, columns in TABLES.items()]

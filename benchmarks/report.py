@@ -14,15 +14,18 @@ from typing import Any
 import accuracy
 import algorithm_costs
 import algorithms
+import arrivals
 import common
 import frameworks
 import kills
 import memory
 import meta_step
 import peers
+import protocols
 import rare_objects
 import scaling
 import shift
+import sinusoid
 import time_shares
 import time_to_accuracy
 
@@ -43,6 +46,9 @@ BENCHMARKS = {
     "kills": kills,
     "algorithms": algorithms,
     "accuracy": accuracy,
+    "protocols": protocols,
+    "sinusoid": sinusoid,
+    "arrivals": arrivals,
     "shift": shift,
     "rare_objects": rare_objects,
 }

@@ -36,6 +36,13 @@ SHORT = {
         *("--seeds", "0", "--settings", "5w1s", "--steps", "4", "--width", "4"),
         *("--eval-tasks", "4", "--alone-tasks", "2", "--validation-tasks", "3"),
     ],
+    "protocols": [
+        *("--splits", "vinyals", "--settings", "20w1s", "--eval-tasks", "2", "--alone-tasks", "2"),
+    ],
+    "sinusoid": [
+        *("--steps", "3", "--seeds", "2", "--eval-tasks", "4"),
+        *("--algorithms", "FOMAML, learned rates", "joint pre-training"),
+    ],
     "shift": ["--shifts", "class imbalance", "--eval-tasks", "2"],
     "rare_objects": ["--shots", "2", "--tasks", "2", "--characters", "10", "--parts", "tasks"],
     "time_to_accuracy": ["--data", "glyphs", "--steps", "4", "--width", "4", "--eval-tasks", "2"],
@@ -52,7 +59,7 @@ def run(name, *words):
 def test_short_form(name, tmp_path, request):
     out = tmp_path / "result.json"
     words = [*SHORT[name], "--out", str(out)]
-    if name in ("accuracy", "shift", "rare_objects"):
+    if name in ("accuracy", "protocols", "shift", "rare_objects"):
         request.getfixturevalue("omniglot_folder")
     if name == "accuracy":
         words += ["--runs", str(tmp_path / "runs")]
@@ -141,7 +148,7 @@ def test_the_pages_are_what_the_results_say(monkeypatch):
 
     assert report.README.read_text() == report.render()
     for path, marked in (
-        (report.PROJECT, ("algorithms", "accuracy", "shift")),
+        (report.PROJECT, ("algorithms", "accuracy", "shift", "rare_objects")),
         (report.MODEL, ["accuracy"]),
     ):
         page = path.read_text()
