@@ -14,6 +14,7 @@ those of its paper's table, https://arxiv.org/abs/1703.03400.
 
 import argparse
 import functools
+import json
 import math
 import time
 from collections.abc import Callable
@@ -120,11 +121,22 @@ def main() -> None:
     parser.add_argument("--eval-tasks", type=int, default=1000, help="a seed (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
-    rows = []
+    out = asked.out or common.RESULTS / f"sinusoid-{jax.devices()[0].platform}.json"
     for name in asked.algorithms:
-        rows.append(row(name, asked))
-        print(common.table(COLUMNS, rows[-1:]), flush=True)
-    common.write("sinusoid", rows, asked.out)
+        found = row(name, asked)
+        print(common.table(COLUMNS, [found]), flush=True)
+        common.write("sinusoid", in_order([*others(out, name), found]), out)
+
+
+def others(path: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of other algorithms that were written before."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["algorithm"] != name]
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the algorithms are listed, whichever was trained first."""
+    return sorted(rows, key=lambda row: list(ALGORITHMS).index(row["algorithm"]))
 
 
 def row(name: str, asked: argparse.Namespace) -> dict[str, Any]:

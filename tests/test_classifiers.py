@@ -47,6 +47,25 @@ def test_a_classifier_does_what_its_problem_does(head, learned_rates, quick_comp
     assert_close(classifier.adapt(task.support, steps=0), built.start(built.params), 0)
 
 
+def test_balanced_cross_entropy_is_the_mean_over_classes_of_their_means():
+    rng = np.random.default_rng(0)
+    logits, y = rng.normal(size=(6, 4)).astype(np.float32), np.array([2, 0, 0, 1, 0, 1])
+    each = -np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(6), y]
+    found = classifiers.cross_entropy(lambda params, x: x, balanced=True)(None, (logits, y))
+    expected = np.mean([each[y == label].mean() for label in (0, 1, 2)])  # there is none of 3
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    found = classifiers.cross_entropy(lambda params, x: x)(None, (logits, y))
+    np.testing.assert_allclose(found, each.mean(), rtol=1e-6)
+
+
+def test_a_class_with_more_pictures_gets_no_greater_bias(ready, pictures):
+    """From a head of zeros the gradient of a bias is 1 / ways less the share of its class."""
+    labels = np.array([0, 0, 0, 0, 1, 2])
+    head = ready.adapt((pictures, labels))["params"]["head"]
+    np.testing.assert_allclose(head["bias"], 0, atol=1e-6)
+    assert np.abs(head["kernel"]).max() > 0.01
+
+
 @pytest.mark.parametrize("chosen", [CHOSEN, dataclasses.replace(CHOSEN, head="learned")])
 def test_what_a_run_leaves_can_be_loaded_without_its_data(chosen, tmp_path):
     params = classifiers.initial_params(chosen, WAYS, (28, 28, 1))
