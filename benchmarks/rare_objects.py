@@ -74,7 +74,7 @@ def main() -> None:
         found = read(splits.test, Path(folder), asked.characters)
         for shots, count in zip(asked.shots, tasks, strict=True):
             rng = np.random.default_rng((asked.seed, shots))
-            row = before(out, asked.ways, shots)
+            row = {"ways": asked.ways, "shots": shots} | before(out, asked.ways, shots)
             if "tasks" in asked.parts:
                 row |= judged(found, asked.ways, shots, count, rng)
             if "share" in asked.parts:

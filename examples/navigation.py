@@ -266,9 +266,12 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of what it writes")
+    parser.add_argument(
+        "--out", type=Path, help="folder of what it writes: examples/results, navigation if short"
+    )
     parser.add_argument("--short", action="store_true", help="see it run, and learn nothing")
     asked = parser.parse_args()
+    out = asked.out or (Path("navigation") if asked.short else report.RESULTS)
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     size = (2, 4, 2) if asked.short else (OUTER_STEPS, GOALS, TASKS)
     one_seed = experiment(*size)
@@ -276,12 +279,10 @@ def main():
     for seed in asked.seeds[:1] if asked.short else asked.seeds:
         row, params = one_seed(seed)
         rows.append(row)
-        print(report.write(asked.out, rows, (time.monotonic() - start) / 60), flush=True)
+        print(report.write(out, rows, (time.monotonic() - start) / 60), flush=True)
     shown = jax.jit(jax.vmap(before_and_after, (None, 0)))
     goals, played = shown(params, jax.random.split(jax.random.key(1), 4))
-    report.draw(
-        asked.out, rows, size[0], zip(goals, played.observations, played.running, strict=True)
-    )
+    report.draw(out, rows, size[0], zip(goals, played.observations, played.running, strict=True))
 
 
 if __name__ == "__main__":

@@ -187,9 +187,12 @@ def rounded(numbers, digits):
 def jumps_of(seed, arrivals):
     """The arrivals at which the centre of a stream is elsewhere at a stroke."""
     centres: Any = fj.tasks.drifting(lambda key, centre: centre, path)
-    phases = jax.vmap(centres, (None, 0))(jax.random.key(seed), jnp.arange(arrivals)).phase
-    slow = 1.5 * DRIFT * (HIGH.phase - LOW.phase)
-    return (np.flatnonzero(np.abs(np.diff(np.asarray(phases))) > slow) + 1).tolist()
+    found = jax.vmap(centres, (None, 0))(jax.random.key(seed), jnp.arange(arrivals))
+    far = [
+        np.abs(np.diff(np.asarray(x))) > 1.5 * DRIFT * (high - low)
+        for x, low, high in zip(found, LOW, HIGH, strict=True)
+    ]
+    return (np.flatnonzero(np.any(far, axis=0)) + 1).tolist()
 
 
 def draw(result, path):

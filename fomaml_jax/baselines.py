@@ -5,11 +5,12 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fomaml_jax import classifiers, heads, options, problems, uneven
 from fomaml_jax.batch_statistics import queries_of
-from fomaml_jax.datasets import ImageClasses, Splits
+from fomaml_jax.datasets import GroupSplits, ImageClasses, Splits
 from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on
 from fomaml_jax.meta_gradients import fomaml, maml
 from fomaml_jax.parallel import TasksAtOnce
@@ -153,12 +154,18 @@ def joint_pretraining(
 
 
 def _pretrain_on_points(chosen: options.Options, problem: Problem, fit: Fit) -> Params:
-    """Regression on the query points of all tasks, without adaptation."""
-    seen = chosen.inner_steps * chosen.shots + chosen.queries
-    steps = chosen.steps * seen // chosen.queries
+    """Regression on the query points of all tasks, or all rows of groups, without adaptation."""
+    train, learned_from = problem.train, float(chosen.queries)
+    queries = learned_from
+    if isinstance(problem.splits, GroupSplits):
+        # The rows given too: they are of another time. Groups may have fewer than all queries.
+        later = problem.splits.train.counts - chosen.shots
+        queries = float(np.minimum(later, chosen.queries).mean())
+        train, learned_from = _all_rows(problem.train), chosen.shots + queries
+    steps = int(chosen.steps * (chosen.inner_steps * chosen.shots + queries) / learned_from)
     return fit(
         fomaml(problem.loss_fn, optax.identity(), 0),
-        problem.train,
+        train,
         problem.params,
         problem.outer(steps),
         steps=steps,
@@ -166,6 +173,17 @@ def _pretrain_on_points(chosen: options.Options, problem: Problem, fit: Fit) -> 
         tasks_at_once=problem.tasks_at_once,
         name=JOINT,
     )
+
+
+def _all_rows(tasks: TaskDistribution) -> TaskDistribution:
+    """Tasks whose support and query are both of both."""
+
+    def sample_task(key: jax.Array) -> Task:
+        task = tasks(key)
+        both = jax.tree.map(lambda *x: jnp.concatenate(x), task.support, task.query)
+        return Task(both, both)
+
+    return sample_task
 
 
 def _pretrain_on_classes(chosen: options.ImageOptions, problem: Problem, fit: Fit) -> Params:

@@ -125,7 +125,11 @@ def cusum(
         after = jax.tree.map(lambda fresh, on: jnp.where(jump, fresh, on), init(), after)
         seen = jnp.isfinite(loss)
         after = jax.tree.map(lambda on, before: jnp.where(seen, on, before), after, state)
-        return after, Change(jump & seen, jnp.where(seen, total, state.statistic), since)
+        return after, Change(
+            jump & seen,
+            jnp.where(seen, total, state.statistic),
+            jnp.where(seen, since, state.since),
+        )
 
     return ChangeDetector(init, step)
 

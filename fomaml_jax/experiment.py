@@ -16,7 +16,7 @@ import optax
 from fomaml_jax import baselines, options, pictures, problems, processes, runs, training
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.checkpoints import CheckpointError
-from fomaml_jax.datasets import GroupSplits, Splits, digest
+from fomaml_jax.datasets import GroupSplits, digest
 from fomaml_jax.devices import mesh_for, sampled_learner, tune_sampled
 from fomaml_jax.evaluation import Evaluation, paired_difference
 from fomaml_jax.parallel import TasksAtOnce
@@ -102,7 +102,7 @@ def _train(
         runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
         runs.save_parameters(folder, problem.params)
     if problem.splits is not None and not (folder / runs.DATA).exists():
-        runs.write_json(folder / runs.DATA, described(problem.splits))
+        runs.write_json(folder / runs.DATA, described(problem))
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = meta_train(chosen, tuned, folder, keys, resume)
     params = trained.state.params if chosen.patience is None else trained.best
@@ -184,7 +184,7 @@ def difference(
     """
     if _tested_on(problem) != _tested_on(other_problem):
         raise ValueError(
-            "the runs are judged on different tasks, their pictures or splits are not the same"
+            "the runs are judged on different tasks, their data or splits are not the same"
         )
 
     def judged(problem: Problem, params: Params, num_steps: int) -> Evaluation:
@@ -261,10 +261,14 @@ def meta_train(
             raise
 
 
-def described(splits: Splits | GroupSplits) -> dict[str, Any]:
+def described(problem: Problem) -> dict[str, Any]:
     """The data of a run, so that a later evaluation knows them again, and what was trained on."""
-    names = {name: list(classes.names) for name, classes in splits._asdict().items()}
-    return {"digest": digest(splits), "classes": names}
+    assert problem.splits is not None
+    names = {name: list(classes.names) for name, classes in problem.splits._asdict().items()}
+    found: dict[str, Any] = {"digest": digest(problem.splits), "classes": names}
+    if isinstance(problem.splits, GroupSplits):
+        found["standard"] = list(problem.standard)
+    return found
 
 
 def _tested_on(problem: Problem) -> str | None:

@@ -100,7 +100,7 @@ def online(
     against the time from jump to jump; in `examples/stream.py`, which remembers 50 tasks and has
     jumps 150 arrivals apart, it made no clear difference, as old tasks soon leave by age. A rise
     that the losses hide, because tasks differ much among themselves or the distribution drifts
-    meanwhile, is found late or not at all.
+    meanwhile, is found late or not at all; one task whose loss is far off is taken for a jump.
 
     Args:
         meta_gradient: `(params, tasks) -> (mean grads, TaskInfo)`: the result of `over_tasks`
@@ -161,7 +161,9 @@ def online(
     def step(state: OnlineState, task: Any) -> tuple[OnlineState, Arrival]:
         refusals.check_same_task(task, jax.tree.map(lambda x: x[0], state.memory.tasks))
         judged = _judged(meta_gradient, state.learner.params, task)
-        watched, change = detector.step(state.detector, judged.support_losses[0])
+        # What cannot be learned from is no reason to forget what can.
+        first_loss = jnp.where(judged.finite, judged.support_losses[0], jnp.nan)
+        watched, change = detector.step(state.detector, first_loss)
         memory = remember(state.memory, task)
         kept = jnp.where(change.jump, change.since, capacity)
         memory = memory._replace(remembered=jnp.minimum(memory.remembered, kept))

@@ -377,7 +377,9 @@ def check_same_tasks(one: Options, other: Options) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    names = ("ways", "shots", "queries", "split", "size", "channels", "statistics", "target")
+    names = ["ways", "shots", "split", "size", "channels", "statistics", "target"]
+    if isinstance(one, ImageOptions):  # of others queries are of training alone
+        names.append("queries")
     kinds = {"data set": tuple(name_of(run) for run in (one, other))}
     kinds |= {
         "--" + name: tuple(getattr(run, name, None) for run in (one, other)) for name in names

@@ -177,7 +177,7 @@ def groups(
         axes.plot(place, mean + scale * later[i, :count], ".", color=RIGHT, ms=3)
         for line, style in zip(predicted[i, :, :count], (":", "-"), strict=True):
             axes.plot(place, line, color=ACCENT, ls=style, lw=1.2)
-        axes.set_title(f"{chosen.group} {name}", fontsize=9)
+        axes.set_title(f"{chosen.group} {name}", fontsize=9, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in axes_of[len(names) :]:
         axes.set_visible(False)
@@ -185,5 +185,5 @@ def groups(
         "row, in order; triangles: given, dots: later, lines: predicted before (dotted) and after",
         fontsize=8,
     )
-    figure.supylabel(chosen.target, fontsize=9)
+    figure.supylabel(chosen.target, fontsize=9, parse_math=False)
     return figure

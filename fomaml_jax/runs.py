@@ -242,7 +242,8 @@ def check_data(folder: Path, now: dict[str, Any]) -> None:
     """Compares the data that are there now with those of the run.
 
     Raises:
-        ValueError: where classes that it was trained on, or chosen by, would now be its test.
+        ValueError: where classes that it was trained on, or chosen by, would now be its test, or
+            a table would be standardised by other numbers.
 
     Warns:
         UserWarning: where other things differ.
@@ -254,14 +255,20 @@ def check_data(folder: Path, now: dict[str, Any]) -> None:
         return
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / DATA} is not what was written") from None
-    if before.get("digest") == now["digest"]:
+    alike = before.get("standard") == now.get("standard")
+    if alike and before.get("digest") == now["digest"]:
         return
     known = classes["train"] | classes["validation"]
     if seen := sorted(known.intersection(now["classes"]["test"])):
         raise ValueError(
-            f"the data are not those of the run in {folder}: of the classes that it would be "
-            f"tested on, {len(seen)} served to train or to validate it, such as {seen[0]}; restore "
-            "the folder, or give train/ and test/ folders"
+            f"the data, or how they are split, are not those of the run in {folder}: of what it "
+            f"would be tested on, {len(seen)} served to train or to validate it, such as {seen[0]};"
+            " restore the data, give a folder train/ and test/ folders, a table its old --shots"
+        )
+    if not alike:
+        raise ValueError(
+            f"the table is not that of the run in {folder}: its training groups have other rows, "
+            "by which values are standardised; restore the file"
         )
     warnings.warn(f"the data are not those that the run in {folder} had", stacklevel=2)
 

@@ -222,6 +222,11 @@ def class_imbalance(
         x, y = _pair("support", task.support)
         if total > len(y):
             raise ValueError(f"counts add up to {total}, more than the {len(y)} support examples")
+        if not isinstance(counts, Tracer) and len(counts) * np.max(counts) > len(y):
+            raise ValueError(
+                f"counts ask for {np.max(counts)} examples of a class, but {len(counts)} classes "
+                f"have {len(y)} support examples in all"
+            )
         kept = jax.random.permutation(key, jnp.asarray(counts))
         same = y[:, None] == y[None, :]
         before = jnp.tril(same, -1).sum(1)  # examples of the same class

@@ -75,7 +75,7 @@ def adapted_with_means(
     ways = None if classifier.chosen.head == "learned" else classes
     params = classifier.adapt((x, y), ways=ways, weights=weights)
     _, features = logits_and_features(classifier.chosen, params, Weighted(x, weights))
-    of_class = jax.nn.one_hot(y, classes) * weights[:, None]
+    of_class = jax.nn.one_hot(y, classes, dtype=weights.dtype) * weights[:, None]
     return params, _unit(of_class.T @ _unit(features))
 
 
@@ -102,10 +102,11 @@ def calibrated(
     found = jax.lax.map(judge, (np.tile(judged, 2), rows))
     of_strangers, of_relatives = jnp.split(found, 2)
     strangers = of_strangers.mean()
-    held_out = of_relatives.mean(where=_count(y)[judged] > 1)
+    several = _count(y)[judged] > 1
+    held_out = of_relatives.mean(where=several)
     midway = (strangers + held_out) / 2
     one_shot = strangers + ONE_SHOT_SHARE * (1 - strangers)
-    return Calibration(jnp.where(jnp.isnan(held_out), one_shot, midway), strangers, held_out)
+    return Calibration(jnp.where(several.any(), midway, one_shot), strangers, held_out)
 
 
 def logits_and_features(
@@ -113,10 +114,10 @@ def logits_and_features(
 ) -> tuple[jax.Array, jax.Array]:
     """What the head says and what it sees, in one pass: the identity stands beside it."""
     head = params["params"][HEAD]
-    features, ways = head["kernel"].shape
+    (features, ways), dtype = head["kernel"].shape, head["kernel"].dtype
     wide = {
-        "kernel": jnp.concatenate([head["kernel"], jnp.eye(features)], 1),
-        "bias": jnp.concatenate([head["bias"], jnp.zeros(features)]),
+        "kernel": jnp.concatenate([head["kernel"], jnp.eye(features, dtype=dtype)], 1),
+        "bias": jnp.concatenate([head["bias"], jnp.zeros(features, dtype)]),
     }
     both = predictor(chosen)(with_head(without_head(params), wide), inputs)
     return both[:, :ways], both[:, ways:]
@@ -136,4 +137,4 @@ def _unit(x: jax.Array) -> jax.Array:
 
 def evenly(x: jax.Array) -> Weighted:
     """Pictures that all count alike."""
-    return Weighted(x, jnp.ones(len(x)))
+    return Weighted(x, jnp.ones(len(x), x.dtype))

@@ -196,6 +196,26 @@ REFUSED = {
         "adapt run --support support --query query",
         "0.png cannot be read as an image",
     ),
+    "a strip": (
+        lambda home: strip(home / "query" / "ring" / "0.png"),
+        "adapt run --support support --query query",
+        "0.png is a strip of pixels: cut it nearer to a square",
+    ),
+    "the same picture twice": (
+        lambda home: shutil.copy(home / "support" / "ring" / "0.png", home / "support" / "dash"),
+        "adapt run --support support --query query --overwrite",
+        "are the same picture: remove one of them",
+    ),
+    "a folder that is not there, before anything is saved": (
+        None,
+        "adapt run --support support --query qurey --save mine",
+        "qurey does not exist",
+    ),
+    "a file among the predictions": (
+        None,
+        "adapt run --support support --query query --out there --save there/result.json",
+        "there/result.json would be among the predictions",
+    ),
     "a tiny picture": (
         lambda home: Image.new("L", (3, 2)).save(home / "query" / "ring" / "0.png"),
         "adapt run --support support --query query",
@@ -231,6 +251,13 @@ REFUSED = {
         "parameters.npz is of another kind: expected what fomaml-jax adapt --save",
     ),
 }
+
+
+def strip(file):
+    """A stroke on paper, 100 times as wide as high."""
+    paper = np.full((12, 1200), 255, np.uint8)
+    paper[4:8, 100:900] = 0
+    Image.fromarray(paper).save(file)
 
 
 @pytest.mark.parametrize(("change", "words", "message"), REFUSED.values(), ids=REFUSED)

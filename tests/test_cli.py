@@ -530,7 +530,7 @@ def test_evaluating_on_other_pictures_is_said_or_refused(tmp_path):
     third = trained(tmp_path / "third", "folder", *SMALL_FOLDER, *words)
     refused = call("evaluate", run.folder, "--against", third.folder)
     assert (refused.code, refused.out) == (2, "")
-    assert refused.err.endswith("tasks, their pictures or splits are not the same\n")
+    assert refused.err.endswith("tasks, their data or splits are not the same\n")
     described = json.loads((run.folder / "data.json").read_text())
     seen = described["classes"]["test"].pop()
     described["classes"]["train"].append(seen)  # as where one class more deals others out

@@ -108,6 +108,17 @@ def test_evaluating_on_groups_that_were_trained_on_is_refused(harvests, tmp_path
     assert everything(harvests.folder) == before
 
 
+def test_a_table_in_other_units_is_refused(harvests, tmp_path):
+    """Standardised, its rows may be the very same."""
+    lines = write(tmp_path / "tonnes.csv", "plot 0,2009,,3", "new plot,2000,1,1").read_text()
+    header, *rows = lines.splitlines()
+    rows = [",".join([*row.split(",")[:3], str(1000 * float(row.split(",")[3]))]) for row in rows]
+    (tmp_path / "kilograms.csv").write_text("\n".join([header, *rows]) + "\n")
+    refused = call("evaluate", harvests.folder, "--file", tmp_path / "kilograms.csv")
+    assert refused.code == 2
+    assert "by which values are standardised; restore the file" in refused.err
+
+
 def test_a_report_of_a_table(harvests, tmp_path):
     found = call("report", harvests.folder, "--out", tmp_path / "page")
     assert found.code == 0, found.err

@@ -70,7 +70,7 @@ def test_other_seeds_deal_otherwise_and_no_time_keeps_the_order_of_the_file(tmp_
 
 def test_dates_order_rows_too(tmp_path):
     rows = [f"{p},2026-{12 - m:02}-01,{m},{m + p}" for p in range(5) for m in range(6)]
-    found = read(write(tmp_path, *rows), features=["dose"])
+    found = read(write(tmp_path, *rows), features=["dose"], validation=0)
     assert (np.diff(found.splits.train.features[..., 0]) < 0).all()
 
 
@@ -128,8 +128,32 @@ def test_a_constant_feature_says_nothing(tmp_path):
     assert np.abs(found.splits.test.values[..., 2]).max() < 1e-6
 
 
+def test_a_feature_that_only_unseen_groups_have_stays_silent(tmp_path):
+    """The network has never seen it move: what it would make of it is noise."""
+    seen = read(write(tmp_path, *visits())).splits.train.names
+    rows = [row.split(",") for row in visits()]
+    rows = [",".join([p, day, "5" if p in seen else "1000", y]) for p, day, _, y in rows]
+    with pytest.warns(UserWarning, match="dose is the same in all rows to train on"):
+        found = read(write(tmp_path, *rows))
+    assert not found.splits.test.values[..., 2].any()
+
+
+def test_rows_whose_group_is_not_known_are_no_group(tmp_path):
+    with pytest.warns(UserWarning, match="^6 rows|^6 of"):
+        found = read(write(tmp_path, *visits(), *(f"NA,{day},2,3" for day in range(6))))
+    assert "NA" not in {name for groups in found.splits for name in groups.names}
+
+
+def test_rows_of_one_time_on_both_sides_are_told(tmp_path):
+    rows = [row.split(",") for row in visits()]
+    rows = [",".join([p, "1" if p == "0" else day, *rest]) for p, day, *rest in rows]
+    with pytest.warns(UserWarning, match="^in 1 of 8 groups the last row given and the first"):
+        read(write(tmp_path, *rows))
+
+
 def test_small_tables_have_no_validation_groups(tmp_path):
-    found = read(write(tmp_path, *visits(5)))
+    with pytest.warns(UserWarning, match="no groups are left to validate on"):
+        found = read(write(tmp_path, *visits(5)))
     assert [len(groups.names) for groups in found.splits] == [3, 0, 2]
 
 

@@ -168,6 +168,18 @@ def test_a_broken_task_costs_its_turn_and_no_more():
     assert (arrivals.steps.num_finite[9:] == 3).all()  # it is out of the memory
 
 
+def test_a_task_that_cannot_be_learned_from_is_no_reason_to_forget():
+    """Its loss before adaptation is finite, and so far off that it would be taken for a jump."""
+    params, tasks = network_problem(40)
+    (x, y), (_, judged) = tasks
+    support, query = (x, y.at[30].multiply(1e6)), (x, judged.at[30].set(jnp.nan))
+    tasks, learner = fj.Task(support, query), small_learner(capacity=40)
+    _, arrivals = jax.lax.scan(learner.step, learner.init(params, one(tasks), KEY), tasks)
+    assert not arrivals.task.finite[30]
+    assert np.isfinite(arrivals.task.support_losses[30, 0])
+    assert not arrivals.change.jump[30]
+
+
 def test_tasks_may_carry_keys_and_parameters_a_state():
     params, tasks = network_problem(5)
 

@@ -281,6 +281,9 @@ def test_evaluate_with_shift(glyphs, tmp_path, monkeypatch):
     assert result["conclusions"][0] in run.out
     with Image.open(tmp_path / "out" / "shift.png") as image:
         assert image.size > (500, 200)
+    again = call("evaluate", glyphs.folder, "--shift", "--out", tmp_path / "out", *words)
+    assert again.code == 2
+    assert "out holds a report; pass --out with another folder" in again.err
 
 
 def test_words_that_do_not_go_together(glyphs, sinusoid, tmp_path):

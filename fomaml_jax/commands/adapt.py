@@ -52,13 +52,14 @@ def main(words: list[str]) -> None:
         classifier = load_classifier(asked.run)
         background = asked.background or background_of(classifier)
         support = _support(asked.support, classifier, background)
+        query = None if asked.query is None else read(asked.query, classifier.chosen, background)
         adapted = _adapted(classifier, support, background)
         print(_shown(support, background))
         if asked.save is not None:
             save_adapted(adapted, asked.save)
             print(f"The adapted classifier is in {asked.save}: fomaml-jax predict {asked.save}")
-        if asked.query is not None:
-            recognise(adapted, asked.query, asked, folder)
+        if query is not None and asked.query is not None:
+            recognise(adapted, query, asked.query, asked, folder)
 
 
 def _check_places(asked: Adapt, folder: Path) -> None:
@@ -69,6 +70,8 @@ def _check_places(asked: Adapt, folder: Path) -> None:
         check_out(folder, overwrite=asked.overwrite)
     if asked.save is not None and asked.save.is_dir():
         raise ValueError(f"{asked.save} is a folder; pass --save with a file")
+    if asked.save and asked.query and asked.save.resolve().parent == folder.resolve():
+        raise ValueError(f"{asked.save} would be among the predictions; pass --save with another")
     if asked.save is not None and asked.save.exists() and not asked.overwrite:
         raise ValueError(f"{asked.save} is there already; pass another --save, or --overwrite")
 
@@ -83,6 +86,11 @@ def _support(folder: Path, classifier: Classifier, background: Background) -> Pi
         )
     if NONE in found.names:
         raise ValueError(f'{folder} has a class called "{NONE}", which is found out without one')
+    first: dict[bytes, Path] = {}
+    for file, image in zip(found.files, found.images, strict=True):
+        if (other := first.setdefault(image.tobytes(), file)) is not file:
+            # A copy that is held out would be known by its twin, and put the threshold too high.
+            raise ValueError(f"{other} and {file} are the same picture: remove one of them")
     return found
 
 
@@ -93,7 +101,13 @@ def _adapted(
         return adapt_classifier(classifier, (x, y), names=support.names, background=background)
 
     assert support.labels is not None
-    return jax.block_until_ready(jax.jit(adapt)(support.images, support.labels))
+    adapted = jax.block_until_ready(jax.jit(adapt)(support.images, support.labels))
+    found = adapted.params, adapted.means, adapted.calibration.threshold
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
+        raise ValueError(
+            "adaptation diverged; train the network with a smaller --inner-rate or --head-rate"
+        )
+    return adapted
 
 
 def _shown(support: Pictures, background: Background) -> str:

@@ -107,6 +107,6 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     with plain_warnings():
         problem = problems.build(dataclasses.replace(chosen, **changes))
         if problem.splits is not None:
-            runs.check_data(run, experiment.described(problem.splits))
+            runs.check_data(run, experiment.described(problem))
     params = runs.load_parameters(run, problem.params)
     return dataclasses.replace(chosen, **changes), problem, params

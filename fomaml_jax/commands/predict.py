@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from fomaml_jax.adapted_files import load_adapted
 from fomaml_jax.commands.endings import plain_warnings, refusing
-from fomaml_jax.commands.recognising import Recognise, check_out, recognise
+from fomaml_jax.commands.recognising import Recognise, check_out, read, recognise
 from fomaml_jax.commands.words import parse
 from fomaml_jax.devices import keep_compiled_programs
 
@@ -29,4 +29,6 @@ def main(words: list[str]) -> None:
         folder = asked.folder
         check_out(folder, overwrite=asked.overwrite)
         keep_compiled_programs(asked.compilation_cache)
-        recognise(load_adapted(asked.adapted), asked.query, asked, folder)
+        adapted = load_adapted(asked.adapted)
+        query = read(asked.query, adapted.chosen, adapted.background)
+        recognise(adapted, query, asked.query, asked, folder)

@@ -56,6 +56,7 @@ def check_out(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    there = {name for name in there if name[0] != "."}  # such as what a file manager leaves
     if there and not overwrite:
         raise ValueError(f"{folder} is not empty; pass --out with a folder, new or empty")
     if strange := sorted(there - set(FILES)):
@@ -74,17 +75,18 @@ def read(folder: Path, chosen: options.ImageOptions, background: Background) -> 
     return few_pictures(folder, background=background)
 
 
-def recognise(adapted: AdaptedClassifier, query: Path, asked: Recognise, folder: Path) -> None:
-    """Reads the query pictures, says what they are of, and writes it down."""
-    found = read(query, adapted.chosen, adapted.background)
+def recognise(
+    adapted: AdaptedClassifier, found: Pictures, query: Path, asked: Recognise, folder: Path
+) -> None:
+    """Says what the pictures of the folder `query` are of, and writes it down."""
     said = predictions(adapted, found.images, asked.statistics)
     rows = described(adapted, found, said, query)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
     write(folder / f"predictions.{asked.format}", rows)
     pictures.save(sheet(adapted, found, rows), folder / SHEET)
     runs.write_json(folder / RESULT, _result(adapted, found, asked, rows))
+    for other in {"csv", "jsonl"} - {asked.format}:  # of an earlier call
+        (folder / f"predictions.{other}").unlink(missing_ok=True)
     print(told(adapted, found, asked.statistics, rows))
     print(f"\nThe predictions are in {folder}: predictions.{asked.format}, {SHEET}, {RESULT}.")
 
@@ -122,7 +124,10 @@ def described(
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """As a table with a column for every class, or as JSON lines."""
-    with runs.replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        runs.replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return

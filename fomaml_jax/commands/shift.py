@@ -29,6 +29,8 @@ def report(
     """Measures a run under every shift, prints a table and writes it with a picture of it."""
     with refusing():
         suite = shift_suite.suite(chosen, problem.splits)
+        if (out / JSON).exists():
+            raise ValueError(f"{out} holds a report; pass --out with another folder")
         out.mkdir(parents=True, exist_ok=True)
     try:
         result = measured(run, chosen, problem, params, suite, num_tasks)

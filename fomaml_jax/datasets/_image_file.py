@@ -60,6 +60,8 @@ def read_strokes(file: Path, size: int, background: Background) -> tuple[np.ndar
             f"{file} shows no strokes{kind}: its grey levels go from {darkest:.0f} to "
             f"{lightest:.0f}, its border is at {ground:.0f}; expected a drawing on a plain ground"
         )
+    if round(size * min(grey.size) / max(grey.size)) < 1:
+        raise ValueError(f"{file} is a strip of pixels: cut it nearer to a square")
     strokes = np.clip((levels - ground) / (strongest - ground), 0, 1) * 255
     flat = Image.fromarray(strokes.round().astype(np.uint8))
     square = ImageOps.pad(flat, (size, size), Image.Resampling.LANCZOS)

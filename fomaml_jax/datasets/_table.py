@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fomaml_jax.datasets._checks import check_choice, whole_number
-from fomaml_jax.datasets._csv_file import Columns
+from fomaml_jax.datasets._csv_file import MISSING, Columns
 from fomaml_jax.datasets._types import Groups, GroupSplits
 
 
@@ -101,7 +101,7 @@ def table(
     splits = _dealt(list(by_group), validation, test, seed, file, shots)
     trained_on = values[np.concatenate([by_group[name] for name in splits[0]])]
     mean, scale = _standard(trained_on, columns)
-    standard = (values - mean) / scale
+    standard = np.where(scale > 0, (values - mean) / np.where(scale > 0, scale, 1.0), 0.0)
     filled = np.isnan(standard)
     if count := int(filled[np.concatenate(list(by_group.values()))].sum()):
         _say(f"{count} missing cells have the mean of the training groups")
@@ -128,7 +128,7 @@ def _usable(
     """Which rows stay, `[rows]`, and the time of each."""
     times = np.arange(len(values)) if time is None else file.times(time)
     lacking = {
-        "group": np.array([not name for name in file.text(group)]),
+        "group": np.array([name.lower() in MISSING for name in file.text(group)]),
         "target": np.isnan(values[:, 0]),
         "time": np.isnan(times),
     }
@@ -147,14 +147,20 @@ def _rows_by_group(
     found: dict[str, list[int]] = {}
     for row in np.flatnonzero(kept).tolist():
         found.setdefault(names[row], []).append(row)
-    short = [name for name, rows in found.items() if len(rows) <= shots]
-    if short:
+    enough = {name: np.array(rows) for name, rows in found.items() if len(rows) > shots}
+    if short := len(found) - len(enough):
+        one = next(name for name in found if name not in enough)
         _say(
-            f"{len(short)} of {len(found)} groups are left out, such as {short[0]!r}: with "
+            f"{short} of {len(found)} groups are left out, such as {one!r}: with "
             f"{shots} rows given, none of theirs is left to predict"
         )
-    ordered = {name: np.array(rows) for name, rows in found.items() if name not in set(short)}
-    return {n: rows[np.argsort(times[rows], kind="stable")] for n, rows in ordered.items()}
+    ordered = {n: rows[np.argsort(times[rows], kind="stable")] for n, rows in enough.items()}
+    if tied := sum(times[rows[shots - 1]] == times[rows[shots]] for rows in ordered.values()):
+        _say(
+            f"in {tied} of {len(ordered)} groups the last row given and the first to predict are "
+            "of one time: their order is that of the file"
+        )
+    return ordered
 
 
 def _dealt(
@@ -172,6 +178,8 @@ def _dealt(
     tested = min(max(2, round(test * len(names))), len(names) - 2)
     chosen = max(2, round(validation * len(names))) if validation else 0
     chosen = chosen if len(names) - tested - chosen >= 2 else 0
+    if validation and not chosen:
+        _say("no groups are left to validate on: training is followed on its own groups")
     order = np.random.default_rng(seed).permutation(len(names))
     for_test, for_validation, for_training = np.split(order, [tested, tested + chosen])
     return [
@@ -180,7 +188,7 @@ def _dealt(
 
 
 def _standard(rows: np.ndarray, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, missing cells aside."""
+    """Mean and standard deviation of each column, missing cells aside; 0 if it is constant."""
     empty = np.isnan(rows).all(0)
     if empty.any():
         raise ValueError(f"{columns[int(empty.argmax())]} is missing in all rows to train on")
@@ -193,7 +201,7 @@ def _standard(rows: np.ndarray, columns: Sequence[str]) -> tuple[np.ndarray, np.
         )
     for name in np.array(columns)[constant].tolist():
         _say(f"{name} is the same in all rows to train on, and says nothing")
-    return mean, np.where(constant, 1.0, scale)
+    return mean, np.where(constant, 0.0, scale)
 
 
 def _packed(standard: np.ndarray, by_group: dict[str, np.ndarray]) -> Groups:
