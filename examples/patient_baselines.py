@@ -184,7 +184,8 @@ RATES = (0.01, 0.03, 0.1, 0.3)
 def fine_tuned(x, y, counts, train, unseen, shots, steps):
     """A network trained on all patients at once, then fine-tuned on a new patient's first rows.
 
-    It takes 10 steps of gradient descent, at the rate that did best on held-out training patients.
+    It is trained on their later rows, those that others are to predict. Fine-tuning takes 10
+    steps of gradient descent, at the rate that did best on held-out training patients.
     """
     net = fj.models.mlp(hidden=(32, 32))
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
