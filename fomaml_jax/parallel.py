@@ -26,9 +26,11 @@ class OverTasks:
     Attributes:
         seeing: `(params, tasks, see) -> (mean grads, TaskInfo, see(TaskInfo))`, the last one summed
             over the devices in the same all-reduce as the gradients.
+        devices: of the mesh: it takes a multiple of so many tasks.
     """
 
     seeing: Callable[[Params, Any, Callable[[TaskInfo], Any]], tuple[Params, TaskInfo, Any]]
+    devices: int = 1
 
     def __call__(self, params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
         """`(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`."""
@@ -144,7 +146,7 @@ def over_tasks(
             (mean, seen), info = shared_out(on_each, mesh, params, tasks)
         return mean, info, seen
 
-    return OverTasks(seeing)
+    return OverTasks(seeing, 1 if mesh is None else mesh.size)
 
 
 def shared_out(fn: Callable[[Params, Any], Any], mesh: Mesh, params: Params, tasks: Any) -> Any:

@@ -180,6 +180,21 @@ def test_a_task_that_cannot_be_learned_from_is_no_reason_to_forget():
     assert not arrivals.change.jump[30]
 
 
+def test_over_a_mesh_the_numbers_are_the_same():
+    params, tasks = network_problem(6)
+    found = []
+    for mesh in (None, jax.make_mesh((2,), ("tasks",), (jax.sharding.AxisType.Auto,))):
+        over_tasks = fj.over_tasks(fj.fomaml(network, optax.sgd(0.1), 2), mesh=mesh)
+        learner = fj.online(over_tasks, optax.sgd(0.05), capacity=4, tasks_per_step=4)
+        state, arrivals = learner.init(params, one(tasks), KEY), []
+        step = jax.jit(learner.step)
+        for i in range(6):
+            state, arrival = step(state, one(tasks, i))
+            arrivals.append(float(arrival.loss))
+        found.append((state.learner.params, arrivals))
+    assert_close(found[1], found[0], 1e-5)
+
+
 def test_tasks_may_carry_keys_and_parameters_a_state():
     params, tasks = network_problem(5)
 
