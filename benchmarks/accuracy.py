@@ -12,7 +12,6 @@ What was trained before, in the folder of `--runs`, is gone on with.
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -63,7 +62,7 @@ def main() -> None:
             ways, shots = (int(n) for n in setting.removesuffix("s").split("w"))
             found = row(asked, ways, shots, seed)
             print(common.table(COLUMNS, summarised([found])), flush=True)
-            common.write("accuracy", [*others(out, found), found], out)
+            common.write("accuracy", [*common.others(out, found, _which), found], out)
 
 
 def row(asked: argparse.Namespace, ways: int, shots: int, seed: int) -> dict[str, Any]:
@@ -137,14 +136,8 @@ def trained(chosen: options.Omniglot, folder: Path) -> tuple[Any, int, float]:
     return found.state.params, int(found.state.step) * chosen.tasks_per_step, found.seconds
 
 
-def others(path: Path, new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that were written before, but for the one that is made again."""
-
-    def which(row):
-        return row["recipe"], row["setting"], row["seed"]
-
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if which(row) != which(new)]
+def _which(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["recipe"], row["setting"], row["seed"]
 
 
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -247,6 +247,18 @@ def write(name: str, rows: list[dict[str, Any]], out: Path | None) -> None:
     print(f"\nwritten to {path}")
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """What `write` has written there; nothing, if it has not."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def others(
+    path: Path, new: dict[str, Any], which: Callable[[dict[str, Any]], Any]
+) -> list[dict[str, Any]]:
+    """The rows that were written before, but for the one that is made again."""
+    return [row for row in rows_of(path) if which(row) != which(new)]
+
+
 def table(columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown, which reads well on a screen too."""
     cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]

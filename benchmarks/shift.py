@@ -14,7 +14,6 @@ and script so drawn from there are as many characters as the smallest has, the f
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,17 +61,11 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for row in measuring:
-        rows = in_order(order, [*others(out, row), about | row])
+        rows = in_order(order, [*common.others(out, row, _which), about | row])
         common.write("shift", rows, out)
     print(common.table(COLUMNS, rows))
     print(*shift_pictures.conclusions(rows), sep="\n")
     pictures.save(shift_pictures.draw(rows), out.with_suffix(".png"))
-
-
-def others(path: Path, new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that were written before, but for the one that is made again."""
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if _which(row) != _which(new)]
 
 
 def in_order(order: list[tuple[str, str]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

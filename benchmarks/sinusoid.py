@@ -14,7 +14,6 @@ those of its paper's table, https://arxiv.org/abs/1703.03400.
 
 import argparse
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
@@ -125,18 +124,16 @@ def main() -> None:
     for name in asked.algorithms:
         found = row(name, asked)
         print(common.table(COLUMNS, [found]), flush=True)
-        common.write("sinusoid", in_order([*others(out, name), found]), out)
-
-
-def others(path: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of other algorithms that were written before."""
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if row["algorithm"] != name]
+        common.write("sinusoid", in_order([*common.others(out, found, _which), found]), out)
 
 
 def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """As the algorithms are listed, whichever was trained first."""
-    return sorted(rows, key=lambda row: list(ALGORITHMS).index(row["algorithm"]))
+    return sorted(rows, key=lambda row: list(ALGORITHMS).index(_which(row)))
+
+
+def _which(row: dict[str, Any]) -> str:
+    return row["algorithm"]
 
 
 def row(name: str, asked: argparse.Namespace) -> dict[str, Any]:

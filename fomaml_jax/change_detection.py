@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from fomaml_jax import refusals
 
+_MOST_EXPONENT = 700.0
+"""What `math.exp` takes without an overflow."""
+
 
 class Change(NamedTuple):
     """What a detector says of one arrival.
@@ -159,7 +162,7 @@ def _threshold(false_alarm_every: float, allowance: float) -> float:
 
     def run_length(threshold):
         x = 2 * allowance * (threshold + 1.166)  # the mean overshoot of a normal walk, twice
-        return (math.exp(x) - x - 1) / (2 * allowance**2)
+        return (math.exp(x) - x - 1) / (2 * allowance**2) if x < _MOST_EXPONENT else math.inf
 
     low, high = 0.0, 1.0
     while run_length(high) < false_alarm_every:

@@ -42,8 +42,13 @@ def colour_of(said: str, is_right: bool | None, none: str) -> str:
     return RIGHT if is_right else WRONG
 
 
-def contact_sheet(support: Sequence[Cell], queries: Sequence[Cell]) -> Figure:
-    """The classes by an example each, then the query pictures, row by row."""
+def contact_sheet(
+    support: Sequence[Cell], queries: Sequence[Cell], *, of_strokes: bool = False
+) -> Figure:
+    """The classes by an example each, then the query pictures, row by row.
+
+    Light strokes on dark are shown as ink on paper.
+    """
     first = f"the first {MOST} of " if len(queries) > MOST else ""
     meanings = {RIGHT: "green is right", WRONG: "red is wrong", ACCENT: "orange is none of these"}
     colours = {cell.colour for cell in queries[:MOST]}
@@ -61,19 +66,20 @@ def contact_sheet(support: Sequence[Cell], queries: Sequence[Cell]) -> Figure:
     for (heading, cells), count in zip(parts, rows, strict=True):
         axes.text(0.1, top + 0.2, heading, fontsize=9, color=INK, va="center")
         for place, cell in enumerate(cells):
-            _show(axes, cell, place % COLUMNS, top + 0.3 + place // COLUMNS)
+            _show(axes, cell, place % COLUMNS, top + 0.3 + place // COLUMNS, of_strokes)
         top += count + 0.3
     axes.set(xlim=(0, COLUMNS), ylim=(height, 0), aspect=_CELL[1] / _CELL[0])
     return figure
 
 
-def _show(axes: Axes, cell: Cell, left: float, top: float) -> None:
+def _show(axes: Axes, cell: Cell, left: float, top: float, of_strokes: bool) -> None:
     """A square picture in the upper part of its cell, its text below."""
     side = 0.82
     down = side * _CELL[0] / _CELL[1]
     left, top = left + (1 - side) / 2, top + 0.04
     grey = cell.image.shape[-1] == 1
-    shown: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": 255} if grey else {}
+    tones = {"cmap": "gray_r" if of_strokes else "gray", "vmin": 0, "vmax": 255}
+    shown: dict[str, Any] = tones if grey else {}
     axes.imshow(
         cell.image[..., 0] if grey else cell.image,
         extent=(left, left + side, top + down, top),

@@ -16,14 +16,11 @@ from fomaml_jax.datasets import ImageClasses
 from fomaml_jax.devices import every_device
 from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
 from fomaml_jax.tasks import TaskDistribution, episodes
-from fomaml_jax.types import Batch, Params, Task
+from fomaml_jax.types import Batch, Params
 
 ADAPTED, FEATURES, PIXELS = "adapted", "features", "pixels"
 """What a query's label comes from: the adapted network; the nearest class mean of the network's
 features without adaptation; the nearest class mean of pixels."""
-
-_GROUP = 0x6E0459
-"""Folded into a task's key to draw its group, apart from what the task draws."""
 
 Verdict = Literal["helps", "not shown", "hurts"]
 
@@ -32,44 +29,34 @@ class Pool(NamedTuple):
     """Test classes to sample tasks from.
 
     Attributes:
-        images: `[groups, classes, examples, height, width, channels]`; a task has its classes from
-            one group, such as an alphabet.
-        counts: `[classes]`, the examples of each class that are real.
+        classes: the pictures, and how many of each class are real.
         turned: whether each class of a task is turned by a random multiple of 90 degrees.
+        groups: `[classes]` integers, if a task has its classes from one group, such as an alphabet.
     """
 
-    images: np.ndarray
-    counts: np.ndarray
+    classes: ImageClasses
     turned: bool
+    groups: np.ndarray | None = None
 
-    @classmethod
-    def of(cls, classes: ImageClasses, *, turned: bool) -> "Pool":
-        """All classes in one group."""
-        return cls(classes.images[None], classes.counts, turned)
+    @property
+    def most_ways(self) -> int:
+        """Of a task."""
+        together = np.zeros(len(self.classes.images), int) if self.groups is None else self.groups
+        return int(np.bincount(together).max())
 
     def sampler(
         self, images: jax.Array, *, ways: int, shots: int, queries: int
     ) -> TaskDistribution:
         """`key -> Task` from `images`, which are the pool's own, on the device."""
-
-        def of_group(group: jax.Array) -> TaskDistribution:
-            return episodes(
-                group,
-                ways=ways,
-                shots=shots,
-                queries=queries,
-                counts=self.counts,
-                rotations=self.turned,
-            )
-
-        if len(images) == 1:  # the very tasks that any other evaluation has
-            return of_group(images[0])
-
-        def sample(key: jax.Array) -> Task:
-            group = jax.random.randint(jax.random.fold_in(key, _GROUP), (), 0, len(images))
-            return of_group(images[group])(key)
-
-        return sample
+        return episodes(
+            images,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            counts=self.classes.counts,
+            groups=self.groups,
+            rotations=self.turned,
+        )
 
 
 class Setting(NamedTuple):
@@ -147,7 +134,7 @@ def measure(
         pixels, and `lost` since the first condition of the shift, where that has the same pictures.
     """
     conditions = list(conditions)
-    images = {name: jnp.asarray(pool.images) for name, pool in pools.items()}
+    images = {name: jnp.asarray(pool.classes.images) for name, pool in pools.items()}
     programs: dict[Setting, Any] = {}
     found: dict[Any, dict[str, Evaluation]] = {}
     first: dict[str, Condition] = {}

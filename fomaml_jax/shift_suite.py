@@ -1,6 +1,6 @@
 """The shifts that a run is put to: which test classes there are, and a table of conditions."""
 
-import itertools
+import collections
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -96,9 +96,9 @@ def _lacking(chosen: options.ImageOptions, pool: Pool, setting: Setting) -> str 
     """Why a setting cannot be had, if so."""
     if chosen.head == "learned" and setting.ways != chosen.ways:
         return f"the head is learned for {chosen.ways} ways"
-    if setting.ways > pool.images.shape[1]:
-        return f"there are {pool.images.shape[1]} test classes"
-    fewest = int(pool.counts.min())
+    if setting.ways > pool.most_ways:
+        return f"there are {pool.most_ways} test classes"
+    fewest = int(pool.classes.counts.min())
     if setting.shots + chosen.queries > fewest:
         return (
             f"{setting.shots} shots and {chosen.queries} queries are more than the {fewest} "
@@ -110,7 +110,7 @@ def _lacking(chosen: options.ImageOptions, pool: Pool, setting: Setting) -> str 
 def _pools(chosen: options.ImageOptions, splits: Splits) -> tuple[dict[str, Pool], list[str]]:
     own = options.name_of(chosen)
     if own not in KINDS:
-        pools = {"own pictures": Pool.of(splits.test, turned=False)}
+        pools = {"own pictures": Pool(splits.test, turned=False)}
         return pools, ["test classes: there are no other pictures like those of a folder"]
     seen = {KINDS[own].group(name) for part in splits[:2] for name in part.names}
     pools, left_out = KINDS[own].pools(splits.test, seen, chosen.ways), []
@@ -135,21 +135,16 @@ class _Kind(NamedTuple):
 
     def pools(self, test: ImageClasses, seen: set[str], ways: int) -> dict[str, Pool]:
         """All classes together, and those of unseen groups with enough of them, group by group."""
-        pools = {self.name: Pool.of(test, turned=self.turned)}
-        numbered = sorted(enumerate(test.names), key=lambda item: self.group(item[1]))
-        groups = [
-            [number for number, _ in members]
-            for name, members in itertools.groupby(numbered, lambda item: self.group(item[1]))
-            if name not in seen
-        ]
-        groups = [group for group in groups if len(group) >= ways]
-        if groups:
-            fewest = min(map(len, groups))
-            chosen = np.array([group[:fewest] for group in groups])
-            # Both data sets have as many examples of every class.
-            pools[self.name_of_groups] = Pool(
-                test.images[chosen], test.counts[:fewest], self.turned
+        pools = {self.name: Pool(test, turned=self.turned)}
+        group_of = [self.group(name) for name in test.names]
+        enough = {g for g, n in collections.Counter(group_of).items() if n >= ways} - seen
+        if chosen := [number for number, g in enumerate(group_of) if g in enough]:
+            classes = ImageClasses(
+                test.images[chosen], test.counts[chosen], tuple(test.names[n] for n in chosen)
             )
+            numbers = {g: number for number, g in enumerate(sorted(enough))}
+            groups = np.array([numbers[group_of[n]] for n in chosen])
+            pools[self.name_of_groups] = Pool(classes, self.turned, groups)
         return pools
 
 

@@ -48,18 +48,19 @@ def write_run(folder, chosen=SMALL):
 
 
 def draw(shape, rng, *, side=56, ground=255, pen=0):
-    """A shape somewhere near the middle."""
+    """A shape somewhere near the middle, as no other is by a hand."""
     picture = Image.new("L", (side, side), ground)
     pencil = ImageDraw.Draw(picture)
     x, y = rng.uniform(0.42, 0.58, 2) * side
     r = rng.uniform(0.2, 0.3) * side
     width = max(1, side // 14)
+    off = rng.uniform(-0.2, 0.2) * r
     if shape in ("cross", "dash"):
-        pencil.line((x - r, y, x + r, y), pen, width)
+        pencil.line((x - r, y - off, x + r, y + off), pen, width)
     if shape in ("cross", "stroke"):
-        pencil.line((x, y - r, x, y + r), pen, width)
+        pencil.line((x - off, y - r, x + off, y + r), pen, width)
     if shape == "ring":
-        pencil.ellipse((x - r, y - r, x + r, y + r), None, pen, width)
+        pencil.ellipse((x - r, y - r, x + r, y + r + off), None, pen, width)
     return picture
 
 

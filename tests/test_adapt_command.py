@@ -117,10 +117,24 @@ def test_a_flat_folder_is_told_about_without_an_accuracy(done, scene, tmp_path):
     assert flat.code == 0, flat.err
     assert "accuracy" not in flat.out
     assert "normalised together (transductive)" in flat.out
-    assert "1 of them are support pictures too, and prove nothing" in flat.out
+    assert "1 of them are support pictures too, which prove nothing" in flat.out
+    assert "found with each picture normalised alone, and fits less well here" in flat.out
     rows = table(tmp_path / "out")
     assert [row["picture"] for row in rows] == ["0.png", "1.png", "2.png", "seen.png"]
+    assert [row["in_support"] for row in rows] == ["False", "False", "False", "True"]
     assert "folder" not in rows[0]
+
+
+def test_support_pictures_that_are_asked_about_again_do_not_count(done, scene, tmp_path):
+    shutil.copytree(scene / "query", tmp_path / "query")
+    for name in KNOWN:
+        shutil.copy(scene / "support" / name / "0.png", tmp_path / "query" / name / "seen.png")
+    words = ("--query", tmp_path / "query", "--out", tmp_path / "out")
+    again = call("predict", scene / "mine", *words)
+    assert again.code == 0, again.err
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["pictures"], result["also_in_support"], result["known"]) == (15, 3, 9)
+    assert result["accuracy"] == done.result["accuracy"]
 
 
 def test_what_was_written_is_replaced_only_where_that_is_asked_for(done, scene, tmp_path):
@@ -303,3 +317,11 @@ def test_the_sheet_has_a_place_for_each_and_says_how_many_it_leaves_out():
     assert "the first 300 of 305 pictures, orange is none of these" in texts
     assert "costs \\$7 and mu…\n9 %" in texts
     contact_sheets.contact_sheet(cells[:2], cells[:3]).canvas.draw()  # no mathematics in names
+
+
+@pytest.mark.parametrize(("of_strokes", "corner"), [(False, 0), (True, 255)])
+def test_photographs_are_shown_as_they_are_and_strokes_as_ink(of_strokes, corner):
+    dark = Cell(np.zeros((8, 8, 1), np.uint8), ("dark",), ACCENT)
+    (axes,) = contact_sheets.contact_sheet([dark], [dark], of_strokes=of_strokes).axes
+    shown = axes.images[0]
+    assert (255 * np.asarray(shown.to_rgba(shown.get_array()))[0, 0, 0]).round() == corner

@@ -122,6 +122,12 @@ def test_what_is_not_finite_is_passed_over():
     assert np.isfinite(watched(jnp.zeros((1, 20))).statistic).all()
 
 
+def test_false_alarms_can_be_made_as_rare_as_a_float_can_say():
+    least, most = (_threshold(every, 0.5) for every in (1e3, 1e300))
+    assert least < most < 700
+    assert fj.cusum(false_alarm_every=1e300).init().number == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 from few_shot_runs import draw, draw_folder
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from fomaml_jax.datasets import _image_file, few_pictures
+from fomaml_jax.datasets import _framing, _image_file, few_pictures, omniglot
 from fomaml_jax.datasets._image_file import read_image
 
 
@@ -24,12 +24,58 @@ def drawing():
     return draw("cross", np.random.default_rng(0), side=105)
 
 
-def test_black_on_white_is_read_as_omniglot_is(drawing, tmp_path):
-    """Grey first, then made smaller, then turned: as in the MAML authors' data, but smooth."""
-    smaller = drawing.convert("1").convert("L").resize((28, 28), Image.Resampling.LANCZOS)
-    found = strokes(drawing.convert("1"), tmp_path / "one bit")
-    assert np.abs(found - (255 - np.asarray(smaller, float))).max() <= 1
+def extent(found):
+    """Rows and columns from the first to the last with a stroke."""
+    on = found > 128
+    return [np.ptp(np.flatnonzero(on.any(axis))) + 1 for axis in (1, 0)]
+
+
+def alike(one, other):
+    """Their correlation."""
+    return np.corrcoef(one.ravel(), other.ravel())[0, 1]
+
+
+def on_a_larger_sheet(drawing, left, top, side):
+    sheet = Image.new("L", (side, side), "white")
+    sheet.paste(drawing, (left, top))
+    return sheet
+
+
+@pytest.mark.parametrize(("left", "top", "side"), [(0, 0, 150), (90, 40, 200), (600, 900, 1200)])
+def test_place_and_size_on_the_paper_do_not_matter(left, top, side, drawing, tmp_path):
+    found = strokes(on_a_larger_sheet(drawing, left, top, side), tmp_path / "other")
+    by_itself = strokes(drawing, tmp_path / "same")
+    assert max(extent(by_itself)) in (16, 17, 18)  # 0.6 of 28
+    assert alike(found, by_itself) > 0.9
+
+
+@pytest.mark.parametrize("width", [1, 3, 6, 12, 24])
+def test_pens_of_any_width_come_nearer_to_that_of_the_training_pictures(width, tmp_path):
+    ring = Image.new("L", (300, 300), "white")
+    ImageDraw.Draw(ring).ellipse((50, 60, 230, 240), outline="black", width=width)
+    found = strokes(ring, tmp_path)
+    asked, before = 0.06 * 28, 0.6 * 28 * width / 180
+    after = _framing._pen_of(Image.fromarray(found.astype(np.uint8)))
     assert found.max() > 250
+    if width <= 12:
+        assert abs(after - asked) < 0.6
+    assert abs(after - asked) < max(0.6, abs(before - asked))
+
+
+def test_dust_is_no_part_of_a_drawing(drawing, tmp_path):
+    dusty = on_a_larger_sheet(drawing, 100, 100, 300)
+    dusty.putpixel((2, 297), 0)
+    clean = strokes(on_a_larger_sheet(drawing, 100, 100, 300), tmp_path / "clean")
+    assert alike(strokes(dusty, tmp_path / "dusty"), clean) > 0.95
+
+
+def test_drawings_are_framed_as_most_of_omniglot_is(omniglot_folder):
+    drawings = omniglot(omniglot_folder, size=112).test.images[::8, ::5, ..., 0]
+    drawings = drawings.reshape(-1, 112, 112)
+    sides = [max(extent(x)) / 112 for x in drawings]
+    assert np.median(sides) == pytest.approx(_framing.SHARE, abs=0.05)
+    pens = [_framing._pen_of(Image.fromarray(x)) / 112 for x in drawings]
+    assert np.median(pens) == pytest.approx(_framing.PEN, abs=0.005)
 
 
 @pytest.mark.parametrize(("ground", "pen"), [(0, 255), (190, 60), (90, 220)])
@@ -57,13 +103,15 @@ def test_how_many_were_inverted(tmp_path):
     assert [file.parent.name for file in found.files] == ["dash"] * 3 + ["ring"] * 2
 
 
-def test_a_wide_drawing_is_put_on_a_square_of_its_ground(tmp_path):
-    """Nothing is cut off, where `image_folder` keeps the middle alone."""
+def test_nothing_is_cut_off_a_wide_drawing(tmp_path):
+    """Where `image_folder` keeps the middle alone."""
     picture = Image.new("L", (120, 60), 200)
     picture.paste(20, (4, 26, 116, 34))
     found = strokes(picture, tmp_path)
-    assert (found > 128).any(0).sum() in (26, 27)  # of 28 columns, 112 of 120
-    assert found[:7].max() == found[-7:].max() == 0
+    high, wide = extent(found)
+    assert wide in (16, 17, 18)  # 0.6 of 28
+    assert high in (1, 2)
+    assert max(found[:11].max(), found[-11:].max()) <= 2
 
 
 def test_a_large_photograph_is_read_as_a_small_one(tmp_path):

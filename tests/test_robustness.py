@@ -70,7 +70,7 @@ def test_rows_are_what_every_task_by_itself_gives(classifier, statistics):
     setting, num_tasks = Setting("own", WAYS, 1), 6
     strengths = {"noise": 0.5, "rotation of the queries": 40.0}
     table = [Condition("s", "none", setting), Condition("s", "some", setting, strengths)]
-    pools = {"own": Pool.of(classes, turned=False)}
+    pools = {"own": Pool(classes, turned=False)}
     measuring = {"queries": QUERIES, "num_tasks": num_tasks}
     rows = list(robustness.measure(classifier, pools, table, KEY, **measuring))
     plain = fj.tasks.episodes(classes.images, ways=WAYS, shots=1, queries=QUERIES)
@@ -96,8 +96,9 @@ def test_rows_are_what_every_task_by_itself_gives(classifier, statistics):
 
 
 def test_tasks_of_a_pool_of_groups_have_all_classes_from_one_and_meet_all():
-    numbered = np.arange(4 * 6, dtype=np.float32).reshape(4, 6, 1, 1, 1, 1).repeat(3, axis=2)
-    pool = Pool(numbered, np.full(6, 3), turned=False)
+    numbered = np.arange(4 * 6, dtype=np.float32).reshape(24, 1, 1, 1, 1).repeat(3, axis=1)
+    classes = ImageClasses(numbered, np.full(24, 3), tuple(map(str, range(24))))
+    pool = Pool(classes, turned=False, groups=np.arange(24) // 6)
     tasks = jax.vmap(pool.sampler(jnp.asarray(numbered), ways=3, shots=1, queries=1))
     task = jax.jit(tasks)(jax.random.split(KEY, 200))
     groups = np.concatenate([x.reshape(200, -1) for x, _ in task], 1) // 6
@@ -140,10 +141,11 @@ def test_unseen_alphabets_are_those_that_no_known_character_is_of(data):
     chosen = options.Omniglot(ways=4, queries=5)
     pools = shift_suite.suite(chosen, OMNIGLOT).pools
     own, alphabets = list(pools.values())[:2]
-    assert own.images.shape[:2] == (1, 12)
-    np.testing.assert_array_equal(own.images[0], OMNIGLOT.test.images)
-    expected = [OMNIGLOT.test.images[3:7], OMNIGLOT.test.images[8:12]]  # four of "a", all of "b"
-    np.testing.assert_array_equal(alphabets.images, expected)
+    assert own.groups is None
+    np.testing.assert_array_equal(own.classes.images, OMNIGLOT.test.images)
+    np.testing.assert_array_equal(alphabets.classes.images, OMNIGLOT.test.images[3:])
+    np.testing.assert_array_equal(alphabets.groups, [0] * 5 + [1] * 4)
+    assert (own.most_ways, alphabets.most_ways) == (12, 5)
     assert own.turned
     assert not pools["print (glyphs)"].turned
 

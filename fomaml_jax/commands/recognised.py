@@ -17,9 +17,13 @@ PRINTED = 40
 
 
 def judged(adapted: AdaptedClassifier, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where the folders say what is right: of the known how many are, of strangers how many."""
+    """Where the folders say what is right: of the known how many are, of strangers how many.
+
+    Support pictures that are asked about again prove nothing, and do not count.
+    """
     if not rows or "folder" not in rows[0]:
         return {}
+    rows = [row for row in rows if not row["in_support"]]
     known = [row for row in rows if row["folder"] in adapted.names]
     strangers = [row for row in rows if row["folder"] not in adapted.names]
     right = sum(row["class"] == row["folder"] for row in known)
@@ -33,10 +37,10 @@ def judged(adapted: AdaptedClassifier, rows: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def known_already(adapted: AdaptedClassifier, found: Pictures) -> int:
-    """How many query pictures are support pictures too."""
+def known_already(adapted: AdaptedClassifier, found: Pictures) -> list[bool]:
+    """Which query pictures are support pictures too."""
     support = {x.tobytes() for x in np.asarray(adapted.support[0])}
-    return sum(x.tobytes() in support for x in found.images)
+    return [x.tobytes() in support for x in found.images]
 
 
 def how_read(found: Pictures, background: Background) -> str:
@@ -71,8 +75,10 @@ def told(
         "",
         f"{len(rows)} pictures ({how_read(found, adapted.background)}); {normalised}",
         threshold_in_words(adapted),
-        "",
     ]
+    if statistics == "transductive":
+        lines.append("it was found with each picture normalised alone, and fits less well here")
+    lines.append("")
     width = max(len(row["picture"]) for row in rows[:PRINTED])
     for row in rows[:PRINTED]:
         nearest = f", nearest {row['class']}" if row["prediction"] == NONE else ""
@@ -80,8 +86,8 @@ def told(
         lines.append(f"  {row['picture']:<{width}}  {row['prediction']}{nearest}  {sure}")
     if len(rows) > PRINTED:
         lines.append(f"  and {len(rows) - PRINTED} more")
-    if again := known_already(adapted, found):
-        lines.append(f"\n{again} of them are support pictures too, and prove nothing")
+    if again := sum(row["in_support"] for row in rows):
+        lines.append(f"\n{again} of them are support pictures too, which prove nothing")
     if accuracy := judged(adapted, rows):
         lines += ["", *_accuracy_in_words(accuracy)]
     return "\n".join(lines)
@@ -113,6 +119,7 @@ def sheet(adapted: AdaptedClassifier, found: Pictures, rows: list[dict[str, Any]
     return contact_sheets.contact_sheet(
         classes,
         [_cell(adapted, x, row) for x, row in zip(found.images, rows, strict=True)],
+        of_strokes=adapted.background != "as is",
     )
 
 

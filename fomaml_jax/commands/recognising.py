@@ -105,7 +105,7 @@ def described(
     adapted: AdaptedClassifier, found: Pictures, said: Predictions, query: Path
 ) -> list[dict[str, Any]]:
     """One row a picture."""
-    rows = []
+    rows, again = [], known_already(adapted, found)
     for place, file in enumerate(found.files):
         probabilities = dict(zip(adapted.names, said.probabilities[place].tolist(), strict=True))
         nearest = max(probabilities, key=lambda name: probabilities[name])
@@ -115,6 +115,7 @@ def described(
             "class": nearest,
             "probability": probabilities[nearest],
             "similarity": float(said.similarity[place]),
+            "in_support": again[place],
         }
         if found.labels is not None:
             row["folder"] = found.names[found.labels[place]]
@@ -154,6 +155,6 @@ def _result(
         "calibration": calibration,
         "background": adapted.background,
         "inverted": found.inverted,
-        "also_in_support": known_already(adapted, found),
+        "also_in_support": sum(row["in_support"] for row in rows),
         "versions": versions(),
     }

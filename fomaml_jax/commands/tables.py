@@ -1,6 +1,7 @@
 """Results as lines for people."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ def table(result: dict[str, Any]) -> str:
     rows = {_after(row["inner_steps"]): row for row in result["per_step"]}
     rows |= {f"the same, {name}": row for name, row in result["otherwise"].items()}
     rows |= result.get("baselines", {})
+    decimals = _decimals(abs(row["mean"]) for row in rows.values() if row["mean"] is not None)
 
     def line(name: str, row: dict[str, float | None]) -> str:
-        scale, digits, unit = (100, 2, " %") if percent else (1, 3, "")
+        scale, digits, unit = (100, 2, " %") if percent else (1, decimals, "")
         found = (row["mean"], row["ci95"])
         mean, ci95 = (math.nan if x is None else scale * x for x in found)
         return f"  {name:<34}{mean:7.{digits}f}{unit} ± {ci95:.{digits}f}"
@@ -37,6 +39,14 @@ def read_table(run: Path, result: dict[str, Any]) -> str:
         return table(result)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{run / runs.RESULT} is not what was written") from None
+
+
+def _decimals(sizes: Iterable[float]) -> int:
+    """Three, or as many as show three digits of the largest, which may be of any unit."""
+    largest = max(sizes, default=0.0)
+    if largest == 0 or not math.isfinite(largest):
+        return 3
+    return max(3, 2 - math.floor(math.log10(largest)))
 
 
 def _after(steps: int) -> str:

@@ -40,8 +40,9 @@ def few_pictures(
     """Reads a flat folder of pictures, or one of class folders, in any format that Pillow opens.
 
     Drawings become strokes of 255 on 0, as in Omniglot and the glyphs: the ground is found at the
-    border, light or dark; ground and strongest stroke are stretched to the full range; and what is
-    not square is put on a square of ground. With a background "as is", pictures are read as
+    border, light or dark; ground and strongest stroke are stretched to the full range; and the
+    drawing is put in the middle of a square, at the size and with strokes of about the width that
+    Omniglot's have, wherever it was on the paper. With a background "as is", pictures are read as
     `image_folder` reads them, in colour too.
 
     Args:

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from fomaml_jax.datasets._framing import place_of, redrawn
+
 Background = Literal["auto", "light", "dark"]
 """Of a drawing: what its border is nearer to, the lightest or the darkest of it, or one of them."""
 
@@ -39,19 +41,18 @@ def read_strokes(file: Path, size: int, background: Background) -> tuple[np.ndar
     """A drawing as its strokes, 255 on 0, `[size, size, 1]` uint8; whether they were the darker.
 
     The ground is the median of the border. It and the strongest stroke become 0 and 255, as far as
-    they are apart by shade of paper or pen; then the whole picture is put on a square of ground.
+    they are apart by shade of paper or pen; then the drawing is framed.
 
     Raises:
         ValueError: for what is no picture, a tiny or an all too large one, or one without strokes.
         OSError: where the file cannot be read, which says nothing about what it is.
     """
     grey = _flat(_upright(file.read_bytes(), file, size), file).convert("L")
-    grey = grey.reduce(
-        max(1, min(grey.size) // (8 * size))
-    )  # which takes the grain of a photograph
-    levels = np.asarray(grey, np.float32)
+    if round(size * min(grey.size) / max(grey.size)) < 1:
+        raise ValueError(f"{file} is a strip of pixels: cut it nearer to a square")
+    levels = _without_grain(grey, size)
     border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
-    ground, darkest, lightest = np.median(border), levels.min(), levels.max()
+    ground, darkest, lightest = float(np.median(border)), levels.min(), levels.max()
     is_light = background == "light" or (background == "auto" and 2 * ground > darkest + lightest)
     strongest = darkest if is_light else lightest
     if abs(strongest - ground) < FAINTEST:
@@ -60,12 +61,33 @@ def read_strokes(file: Path, size: int, background: Background) -> tuple[np.ndar
             f"{file} shows no strokes{kind}: its grey levels go from {darkest:.0f} to "
             f"{lightest:.0f}, its border is at {ground:.0f}; expected a drawing on a plain ground"
         )
-    if round(size * min(grey.size) / max(grey.size)) < 1:
-        raise ValueError(f"{file} is a strip of pixels: cut it nearer to a square")
-    strokes = np.clip((levels - ground) / (strongest - ground), 0, 1) * 255
-    flat = Image.fromarray(strokes.round().astype(np.uint8))
-    square = ImageOps.pad(flat, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(square)[..., None], bool(is_light)
+    found = _part_with_drawing(grey, size, ground, is_light)
+    strokes = _strokes(_without_grain(found, size), ground, is_light)
+    return redrawn(strokes, size)[..., None], bool(is_light)
+
+
+def _part_with_drawing(grey: Image.Image, size: int, ground: float, is_light: bool) -> Image.Image:
+    """The square around the drawing, in which what is beyond the picture is ground."""
+    part, left, top = grey, 0.0, 0.0
+    for _ in range(2):  # in the whole picture made smaller, then more exactly where it is
+        levels = _without_grain(part, size)
+        scale = part.width / levels.shape[1]
+        near, above, far, _ = (scale * x for x in place_of(_strokes(levels, ground, is_light)))
+        left, top, side = round(left + near), round(top + above), round(far - near)
+        part = Image.new("L", (side, side), round(ground))
+        part.paste(grey, (-left, -top))
+    return part
+
+
+def _without_grain(grey: Image.Image, size: int) -> np.ndarray:
+    """Grey levels at several times the size, in which a photograph's grain is evened out."""
+    return np.asarray(grey.reduce(max(1, min(grey.size) // (8 * size))), np.float32)
+
+
+def _strokes(levels: np.ndarray, ground: float, is_light: bool) -> np.ndarray:
+    """From 0, the ground, to 255, the strongest stroke, of a light or a dark ground."""
+    strength = ground - levels if is_light else levels - ground
+    return (strength.clip(0) * (255 / strength.max())).round().astype(np.uint8)
 
 
 def check_readable(file: Path) -> None:
