@@ -146,8 +146,9 @@ def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         group = groups.setdefault((row["recipe"], row["setting"]), [])
         group.append(row)
-        if group[0]["config"] | {"seed": row["seed"]} != row["config"]:
-            raise ValueError(f"seeds of other options: {group[0]['config']}, {row['config']}")
+        first, other = (_trained_by(one["config"]) for one in (group[0], row))
+        if first != other:
+            raise ValueError(f"seeds of other options: {first}, {other}")
     return [
         {
             "recipe": recipe,
@@ -163,6 +164,11 @@ def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for (recipe, setting), group in groups.items()
     ]
+
+
+def _trained_by(config: dict[str, Any]) -> dict[str, Any]:
+    """What the seeds of a recipe have in common."""
+    return {name: value for name, value in config.items() if name not in (*JUDGED, "seed")}
 
 
 def over_seeds(found: list[dict[str, float]]) -> dict[str, float]:

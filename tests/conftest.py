@@ -22,6 +22,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell run
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+UNWATCHED = {
+    "makes_nans": jax.debug_nans,
+    "reuses_keys": jax.debug_key_reuse,
+    "keeps_tracers": jax.check_tracer_leaks,
+}
+"""Marks of tests that do on purpose what JAX's checks for mistakes look for, and those checks."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Under JAX_DEBUG_NANS and the like, a test is watched as far as that makes sense."""
+    with contextlib.ExitStack() as stack:
+        for mark, watching in UNWATCHED.items():
+            if item.get_closest_marker(mark) is not None:
+                stack.enter_context(watching(False))
+        return (yield)
+
+
 @pytest.fixture
 def float64():
     """Runs a test in double precision, so that closed forms hold to 1e-10."""
