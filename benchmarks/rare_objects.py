@@ -5,17 +5,17 @@ written as PNG pictures, black on white, one folder a character, and read as a u
 task is five of them, with one or five examples each, to tell apart in three more pictures of each;
 three pictures of each of five other characters are strangers. Nothing is turned. Each query is
 normalised beside the support set alone. Beside it: the nearest class mean on pixels, and on the
-features of the same network before it was trained. The same with scikit-learn's digits, which
-nothing here was developed on: 1,797 by 13 people (the test part of UCI's set), 8 x 8 pixels
-in 17 tones, written at 48 x 48, five known and five strangers (`--pictures digits`). Of "none of
-these": how many of the known are taken for strangers, how many strangers for known, and the chance
-that a known picture is more alike to its nearest class than a stranger (AUROC). Confidence is the
-mean probability of what is predicted for known pictures, to be held against the accuracy. Intervals
-are over tasks. Times are of the compiled functions, one JAX device, medians over tasks; the command
-is timed whole, in a process of its own, by the clock and by what the processor spent on it. The
-load average is that of the machine as the command was timed; it had more other work as the
-functions were. The tables took `--tasks 200 100`, and `--parts share` and `--parts command` by
-themselves; where the threshold is put was tried on 100 tasks.
+features of the same network before it was trained. The same with scikit-learn's digits (`--pictures
+digits`): 1,797 by 13 people, the test part of UCI's set, 8 x 8 pixels in 17 tones, written at 48 x
+48, five known and five strangers. Nothing was trained on them, but how drawings are framed was
+found with their help. Of "none of these": how many of the known are taken for strangers, how many
+strangers for known, and the chance that a known picture is more alike to its nearest class than a
+stranger (AUROC). Confidence is the mean probability of what is predicted for known pictures, to be
+held against the accuracy. Intervals are over tasks. Times are of the compiled functions, one JAX
+device, medians over tasks; the command is timed whole, in a process of its own, by the clock and by
+what the processor spent on it. The load average is that of the machine as the command was timed.
+The tables took `--tasks 200 100`, and then `--parts share command`; where the threshold is put was
+tried on 100 tasks.
 """
 
 import argparse

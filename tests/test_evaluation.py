@@ -66,6 +66,7 @@ def test_a_longer_evaluation_begins_with_the_shorter_one():
     assert_close(short.per_task["sum"], long.per_task["sum"][:10], 1e-6)
 
 
+@pytest.mark.makes_nans
 def test_a_task_that_is_not_finite_shows():
     report = fj.evaluate(
         lambda params, support: support[0],

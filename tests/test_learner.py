@@ -57,6 +57,7 @@ def test_a_population_of_learners_by_vmap():
         assert_close(one(population, i), trained(rate), 1e-5)
 
 
+@pytest.mark.makes_nans
 def test_reports_the_loss_of_finite_tasks_and_how_many():
     params, tasks = network_problem(4)
     learner = fj.meta_learner(META_GRADIENT, optax.sgd(0.1))

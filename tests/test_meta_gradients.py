@@ -143,6 +143,7 @@ def test_unrolling_changes_nothing(algorithm, unroll):
     assert_close(grads, expected, 1e-6)
 
 
+@pytest.mark.makes_nans
 @algorithms
 @pytest.mark.parametrize("broken", ["support", "query"])
 def test_a_diverged_task_says_so(algorithm, broken):
@@ -166,6 +167,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_seen(sign):
     assert not bool(info.finite)
 
 
+@pytest.mark.makes_nans
 @pytest.mark.parametrize("algorithm", [fj.fomaml, fj.reptile])
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
 def test_a_traced_number_of_steps(algorithm, num_steps):
@@ -182,6 +184,7 @@ def test_a_traced_number_of_steps(algorithm, num_steps):
     np.testing.assert_allclose(info.support_losses, ends, rtol=1e-6)
 
 
+@pytest.mark.makes_nans
 def test_one_number_of_steps_for_each_task():
     params, tasks = network_problem(3)
     steps = jnp.array([0, 2, 5])
@@ -203,6 +206,7 @@ def test_memory_is_flat_in_the_steps_for_first_order_alone():
     assert temporary_bytes(fj.maml, 50) > 3 * temporary_bytes(fj.maml, 1)
 
 
+@pytest.mark.makes_nans
 @pytest.mark.usefixtures("standard_promotion")
 def test_second_order_through_adam_warns_unless_it_has_eps_root():
     params, tasks = network_problem(1)

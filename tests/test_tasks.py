@@ -48,6 +48,7 @@ def test_the_same_key_gives_the_same_task():
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@pytest.mark.reuses_keys
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_episodes_may_be_made_under_a_trace(kind):
     key = jax.random.key(0)
@@ -60,6 +61,7 @@ def test_episodes_may_be_made_under_a_trace(kind):
     jax.jit(sample)(wrong, key)  # what is not known yet is not looked at
 
 
+@pytest.mark.makes_nans
 def test_padding_may_be_anything():
     images = np.ones((4, 5, 2))
     images[2, 3:] = np.nan
@@ -132,6 +134,7 @@ def test_random_shift_moves_and_never_wraps():
     assert (np.asarray(shifted).sum((1, 2)) == 0).any()  # moved out, not round
 
 
+@pytest.mark.reuses_keys
 @pytest.mark.parametrize("channels", [(), (1,), (3,)])
 def test_random_affine_is_what_scipy_makes_of_the_same_matrix(channels):
     """The matrix is read off pictures of their own coordinates."""

@@ -80,6 +80,7 @@ def test_a_weight_of_two_is_the_example_twice():
     assert_close(weighted, repeated, 1e-5)
 
 
+@pytest.mark.makes_nans
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("tasks_at_once", [1, 2, None])
 def test_the_mean_over_tasks_by_weight(tasks_at_once):
@@ -122,6 +123,7 @@ def test_refusals(call, message):
         call()
 
 
+@pytest.mark.makes_nans
 @pytest.mark.parametrize("content", [jnp.nan, jnp.inf, 1e38])
 def test_a_weighted_mean_does_not_see_what_has_no_weight(content):
     values = jnp.array([[1.0, 3.0], [content, content], [5.0, 7.0]])
