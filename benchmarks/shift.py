@@ -7,9 +7,8 @@ every shift of one shape, so that differences are taken task by task: `ahead` of
 means, and `lost` since the first line of the shift. Intervals are of one line each, not of all
 together. Five query pictures a class, as many of every class; label noise and class imbalance are
 in the support set alone, with 5 shots and with 3 a class on average. Alphabets and scripts of which
-the network has seen a character by hand are left out of "one alphabet a task", not of print: of
-the three printed scripts its training has handwritten Greek and a Georgian one. Of every alphabet
-and script so drawn from there are as many characters as the smallest has, the first ones.
+the network has seen a character by hand are left out of "one alphabet a task", not of print: of the
+three printed scripts its training has handwritten Greek and a Georgian one.
 """
 
 import argparse

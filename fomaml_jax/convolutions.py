@@ -14,6 +14,7 @@ from jax.extend.core import primitives
 
 from fomaml_jax import pooling
 from fomaml_jax.convolution_primitives import Geometry, convolve
+from fomaml_jax.types import ClosedJaxpr
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -114,7 +115,7 @@ def matmul_convolutions(fn: Callable[P, R]) -> Callable[P, R]:
     return rewritten
 
 
-def native_convolutions(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
+def native_convolutions(jaxpr: ClosedJaxpr | core.Jaxpr) -> int:
     """Counts the convolutions that `matmul_convolutions` would rewrite.
 
     Args:
@@ -126,7 +127,7 @@ def native_convolutions(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
     return _count(_is_plain_convolution, jaxpr)
 
 
-def _count(predicate: Callable[[core.JaxprEqn], bool], jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
+def _count(predicate: Callable[[core.JaxprEqn], bool], jaxpr: ClosedJaxpr | core.Jaxpr) -> int:
     return sum(
         predicate(equation) + sum(_count(predicate, inner) for inner in _inner_jaxprs(equation))
         for equation in jaxpr.eqns
@@ -135,7 +136,7 @@ def _count(predicate: Callable[[core.JaxprEqn], bool], jaxpr: core.ClosedJaxpr |
 
 def _trace(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[core.ClosedJaxpr, list[jax.Array], Callable[..., Any]]:
+) -> tuple[ClosedJaxpr, list[jax.Array], Callable[..., Any]]:
     """The jaxpr of a call, the arrays to call it with, and what makes its outputs `fn`'s."""
     arrays, rebuild_arguments = _split_arrays((args, kwargs))
     rebuild_result: Callable[..., Any] = list
@@ -200,7 +201,7 @@ def _rewritten_equation(equation: core.JaxprEqn) -> core.JaxprEqn:
 
 
 def _rewritten_parameter(value: Any) -> Any:
-    if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+    if isinstance(value, core.Jaxpr | ClosedJaxpr):
         return _rewritten(value)
     if type(value) is tuple:  # the branches of a cond
         return tuple(map(_rewritten_parameter, value))

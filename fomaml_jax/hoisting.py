@@ -7,6 +7,8 @@ import jax
 from jax.extend import core
 from jax.extend.core import primitives
 
+from fomaml_jax.types import ClosedJaxpr
+
 
 def hoisted(fn: Callable[[Any], Any], example: Any) -> Callable[[Any], Any]:
     """`fn` with all that does not depend on its argument computed here and now.
@@ -42,7 +44,7 @@ def hoisted(fn: Callable[[Any], Any], example: Any) -> Callable[[Any], Any]:
     return of_argument
 
 
-def _inlined(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+def _inlined(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     """Evaluates a jaxpr equation by equation, those of jitted functions included."""
     jaxpr = closed.jaxpr
     values: dict[Any, Any] = {}
@@ -61,12 +63,12 @@ def _inlined(closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
         else:
             inputs = _variables(equation.invars)
             alone = _with(jaxpr, (), inputs, equation.outvars, [equation])
-            outputs = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*read(inputs))
+            outputs = core.jaxpr_as_fun(ClosedJaxpr(alone, ()))(*read(inputs))
         write(equation.outvars, outputs)
     return read(jaxpr.outvars)
 
 
-def _split(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, core.ClosedJaxpr]:
+def _split(closed: ClosedJaxpr) -> tuple[ClosedJaxpr, ClosedJaxpr]:
     """What follows from the constants, `() -> known`; and `(*args, *known) -> out`."""
     jaxpr = closed.jaxpr
     dependent = set(jaxpr.invars)
@@ -79,8 +81,8 @@ def _split(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, core.ClosedJaxpr
     used = _variables([x for equation in after for x in equation.invars] + list(jaxpr.outvars))
     known = [x for x in used if x not in dependent]
     return (
-        core.ClosedJaxpr(_with(jaxpr, jaxpr.constvars, (), known, before), closed.consts),
-        core.ClosedJaxpr(_with(jaxpr, (), (*jaxpr.invars, *known), jaxpr.outvars, after), ()),
+        ClosedJaxpr(_with(jaxpr, jaxpr.constvars, (), known, before), closed.consts),
+        ClosedJaxpr(_with(jaxpr, (), (*jaxpr.invars, *known), jaxpr.outvars, after), ()),
     )
 
 

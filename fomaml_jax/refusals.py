@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
-from fomaml_jax.types import Batch, LossFn, Objective, Params, TaskInfo
+from fomaml_jax.types import Batch, ClosedJaxpr, LossFn, Objective, Params, TaskInfo
 
 
 def check_params(params: Params) -> None:
@@ -337,7 +337,7 @@ def check_range(name: str, value: tuple[float, float]) -> None:
         raise ValueError(f"{name} must be a range (low, high) with low < high, got {low, high}")
 
 
-def update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> jex_core.ClosedJaxpr:
+def update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> ClosedJaxpr:
     """The optimizer's first update, traced on shapes alone."""
 
     def update(params):
@@ -351,7 +351,7 @@ def update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> jex
     return jax.make_jaxpr(update)(shapes)
 
 
-def _factors(closed: jex_core.ClosedJaxpr):
+def _factors(closed: ClosedJaxpr):
     """The numbers known while tracing that a product in the jaxpr multiplies by."""
     known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     for eqn in closed.jaxpr.eqns:
@@ -366,7 +366,7 @@ def _factors(closed: jex_core.ClosedJaxpr):
 
 
 def _is_closed_jaxpr(x: Any) -> bool:
-    return isinstance(x, jex_core.ClosedJaxpr)
+    return isinstance(x, ClosedJaxpr)
 
 
 def _is_array(x: Any) -> bool:

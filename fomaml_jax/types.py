@@ -1,16 +1,20 @@
 """The words of the library as types: a task, what adaptation reports, and the aliases."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 Params = Any
 """Any pytree of floating-point arrays."""
 
 Batch = Any
 """Any pytree of arrays whose leaves lead with the example axis."""
+
+ClosedJaxpr: TypeAlias = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+"""A traced program; from jax 0.12 on another name of Jaxpr, which type checkers do not see."""
 
 LossFn = Callable[[Params, Batch], Any]
 """`(params, batch) -> loss []`, or `-> (loss [], aux)` where `has_aux=True`."""

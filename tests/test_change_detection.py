@@ -10,6 +10,7 @@ import fomaml_jax as fj
 from fomaml_jax.change_detection import _score, _threshold
 
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.reuses_keys  # one serves every test
 
 
 def watched(losses, **options):

@@ -157,6 +157,7 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
         assert [float(x) for x in first + rest] == [float(x) for x in losses]
 
 
+@pytest.mark.makes_nans
 def test_a_broken_task_costs_its_turn_and_no_more():
     params, tasks = network_problem(12)
     tasks = jax.tree.map(lambda x: x.at[5].set(jnp.nan), tasks)
@@ -168,6 +169,7 @@ def test_a_broken_task_costs_its_turn_and_no_more():
     assert (arrivals.steps.num_finite[9:] == 3).all()  # it is out of the memory
 
 
+@pytest.mark.makes_nans
 def test_a_task_that_cannot_be_learned_from_is_no_reason_to_forget():
     """Its loss before adaptation is finite, and so far off that it would be taken for a jump."""
     params, tasks = network_problem(40)
@@ -195,6 +197,7 @@ def test_over_a_mesh_the_numbers_are_the_same():
     assert_close(found[1], found[0], 1e-5)
 
 
+@pytest.mark.reuses_keys
 def test_tasks_may_carry_keys_and_parameters_a_state():
     params, tasks = network_problem(5)
 

@@ -13,6 +13,7 @@ import fomaml_jax as fj
 from fomaml_jax import shifts
 
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.reuses_keys  # one serves every test
 SHOTS, WAYS, SIZE = 5, 5, 28
 
 

@@ -10,6 +10,7 @@ import fomaml_jax as fj
 from fomaml_jax.tasks import Waves
 
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.reuses_keys  # one serves every test
 SPREAD = Waves(amplitude=0.5, phase=0.3, frequency=0.1, level=1.0)
 
 
