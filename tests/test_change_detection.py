@@ -113,6 +113,7 @@ def test_losses_that_sink_raise_no_alarm():
     assert watched(losses, false_alarm_every=1000).jump.sum() < 200 * 300 / 1000
 
 
+@pytest.mark.makes_nans
 def test_what_is_not_finite_is_passed_over():
     losses = jnp.exp(jax.random.normal(KEY, (1, 50)))
     broken = jnp.insert(losses, jnp.array([10, 30]), jnp.array([jnp.nan, jnp.inf]), axis=1)

@@ -161,8 +161,9 @@ def test_the_meta_gradient_is_the_adapted_players_own(navigation):
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4), found.params, expected
     )
-    np.testing.assert_allclose(info.support_losses, [before], rtol=1e-4)
-    np.testing.assert_allclose(info.query_loss, after, rtol=1e-4)
+    # Losses are sums of advantages, of both signs and order 1, which nearly cancel.
+    np.testing.assert_allclose(info.support_losses, [before], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(info.query_loss, after, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(info.aux, mean_return, rtol=1e-4)
 
 

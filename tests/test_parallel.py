@@ -27,6 +27,7 @@ def test_every_plan_gives_the_mean_of_the_tasks(tasks_at_once):
     assert_close(info, jax.tree.map(lambda *i: jnp.stack(i), *(i for _, i in each)))
 
 
+@pytest.mark.makes_nans
 @pytest.mark.usefixtures("float64")
 @plans
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -40,6 +41,7 @@ def test_diverged_tasks_are_left_out_and_said(tasks_at_once, bad):
     assert info.finite.tolist() == [True, False, True, True, False]
 
 
+@pytest.mark.makes_nans
 def test_no_finite_task_gives_a_zero_gradient():
     params, tasks = network_problem(2)
     tasks = jax.tree.map(lambda x: x * jnp.nan, tasks)
@@ -48,6 +50,7 @@ def test_no_finite_task_gives_a_zero_gradient():
     assert not info.finite.any()
 
 
+@pytest.mark.makes_nans
 @plans
 def test_propagate_hides_nothing(tasks_at_once):
     params, tasks = network_problem(5)
@@ -102,6 +105,7 @@ def test_sharded_equals_unsharded(tasks_at_once):
     assert_close(info, reference)
 
 
+@pytest.mark.makes_nans
 @pytest.mark.usefixtures("float64")
 def test_sharded_leaves_out_the_same_tasks():
     """The mean is over all finite tasks, not the mean of the devices' means."""
@@ -114,6 +118,7 @@ def test_sharded_leaves_out_the_same_tasks():
     assert info.finite.tolist() == [False, False, True, True, True, True]
 
 
+@pytest.mark.makes_nans
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("mapped", [jax.pmap, jax.vmap])
 def test_an_axis_of_ones_own_leaves_out_the_same_tasks(mapped):
@@ -128,6 +133,7 @@ def test_an_axis_of_ones_own_leaves_out_the_same_tasks(mapped):
     assert info.finite.tolist() == [[False, False, True], [True, True, True]]
 
 
+@pytest.mark.makes_nans
 @pytest.mark.usefixtures("float64")
 def test_the_outer_step_knows_the_losses_of_all_devices():
     params, tasks = network_problem(6)
