@@ -8,7 +8,8 @@ normalised beside the support set alone. Beside it: the nearest class mean on pi
 features of the same network before it was trained. The same with scikit-learn's digits (`--pictures
 digits`): 1,797 by 13 people, the test part of UCI's set, 8 x 8 pixels in 17 tones, written at 48 x
 48, five known and five strangers. Nothing was trained on them, but how drawings are framed was
-found with their help. Of "none of these": how many of the known are taken for strangers, how many
+found with their help. What framing does is seen beside pictures that are only made smaller
+(`--unframed`). Of "none of these": how many of the known are taken for strangers, how many
 strangers for known, and the chance that a known picture is more alike to its nearest class than a
 stranger (AUROC). Confidence is the mean probability of what is predicted for known pictures, to be
 held against the accuracy. Intervals are over tasks. Times are of the compiled functions, one JAX
@@ -63,6 +64,7 @@ def main() -> None:
     """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", choices=[CHARACTERS, DIGITS], default=CHARACTERS)
+    parser.add_argument("--unframed", action="store_true", help="drawings as large as they are")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--tasks", type=int, nargs="+", default=[200], help="for each of the shots")
@@ -77,10 +79,12 @@ def main() -> None:
     tasks = asked.tasks * len(asked.shots) if len(asked.tasks) == 1 else asked.tasks
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        found = read(CLASSES[asked.pictures](), Path(folder), asked.characters)
+        classes = CLASSES[asked.pictures]()
+        found = read(classes, Path(folder), asked.characters, framed=not asked.unframed)
         for shots, count in zip(asked.shots, tasks, strict=True):
             rng = np.random.default_rng((asked.seed, shots))
-            asked_for = {"pictures": asked.pictures, "ways": asked.ways, "shots": shots}
+            pictures = asked.pictures + ", unframed" * asked.unframed
+            asked_for = {"pictures": pictures, "ways": asked.ways, "shots": shots}
             row = next((r for r in common.rows_of(out) if _setting(r) == _setting(asked_for)), {})
             row = asked_for | row
             if "tasks" in asked.parts:
@@ -118,14 +122,19 @@ def digits() -> ImageClasses:
 CLASSES: dict[str, Callable[[], ImageClasses]] = {CHARACTERS: characters, DIGITS: digits}
 
 
-def read(classes: ImageClasses, folder: Path, characters: int | None) -> Pictures:
+def read(
+    classes: ImageClasses, folder: Path, characters: int | None, *, framed: bool = True
+) -> Pictures:
     """Writes drawings as PNG pictures, one folder a character, and reads them as a user's."""
     for images, name in list(zip(classes.images, classes.names, strict=True))[:characters]:
         home = folder / name.replace("/", " ")
         home.mkdir()
         for drawer, ink in enumerate(images[..., 0], start=1):
             Image.fromarray(255 - ink).save(home / f"{drawer:02}.png")
-    return fj.datasets.few_pictures(folder)
+    if framed:
+        return fj.datasets.few_pictures(folder)
+    found = fj.datasets.few_pictures(folder, background="as is")
+    return found._replace(images=255 - found.images)
 
 
 def drawn(found: Pictures, ways: int, shots: int, rng: np.random.Generator) -> tuple[Any, ...]:

@@ -25,7 +25,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell run
 UNWATCHED = {
     "makes_nans": jax.debug_nans,
     "reuses_keys": jax.debug_key_reuse,
-    "keeps_tracers": jax.check_tracer_leaks,
 }
 """Marks of tests that do on purpose what JAX's checks for mistakes look for, and those checks."""
 

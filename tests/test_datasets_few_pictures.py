@@ -41,7 +41,7 @@ def on_a_larger_sheet(drawing, left, top, side):
     return sheet
 
 
-@pytest.mark.parametrize(("left", "top", "side"), [(0, 0, 150), (90, 40, 200), (600, 900, 1200)])
+@pytest.mark.parametrize(("left", "top", "side"), [(0, 0, 150), (90, 40, 200), (1500, 2100, 3000)])
 def test_place_and_size_on_the_paper_do_not_matter(left, top, side, drawing, tmp_path):
     found = strokes(on_a_larger_sheet(drawing, left, top, side), tmp_path / "other")
     by_itself = strokes(drawing, tmp_path / "same")
@@ -54,7 +54,7 @@ def test_pens_of_any_width_come_nearer_to_that_of_the_training_pictures(width, t
     ring = Image.new("L", (300, 300), "white")
     ImageDraw.Draw(ring).ellipse((50, 60, 230, 240), outline="black", width=width)
     found = strokes(ring, tmp_path)
-    asked, before = 0.06 * 28, 0.6 * 28 * width / 180
+    asked, before = _framing.PEN * 28, 0.6 * 28 * width / 180
     after = _framing._pen_of(Image.fromarray(found.astype(np.uint8)))
     assert found.max() > 250
     if width <= 12:
@@ -101,6 +101,16 @@ def test_how_many_were_inverted(tmp_path):
     assert (found.inverted, found.names) == (2, ("dash", "ring"))
     np.testing.assert_array_equal(found.labels, [0, 0, 0, 1, 1])
     assert [file.parent.name for file in found.files] == ["dash"] * 3 + ["ring"] * 2
+
+
+def test_specks_alone_are_read_as_what_they_are(tmp_path):
+    """Far apart, they nearly vanish as the picture is made smaller."""
+    specks = Image.new("L", (440, 440), "white")
+    for place in ((90, 90), (350, 350), (90, 350)):
+        specks.putpixel(place, 0)
+    found = strokes(specks, tmp_path)
+    assert all(17 <= x <= 20 for x in extent(found))  # 0.6 of 28, and the pen
+    assert (found > 128).mean() < 0.05
 
 
 def test_nothing_is_cut_off_a_wide_drawing(tmp_path):

@@ -148,8 +148,15 @@ def test_the_policy_gradient_is_that_of_the_expected_return(navigation, monkeypa
 
 def test_the_meta_gradient_is_the_adapted_players_own(navigation):
     """The library's, and one written out: either player makes the gradient of what it played."""
+    params = navigation.first_params(jax.random.key(5))
+    with jax.enable_x64(True):  # a loss is a sum of both signs and order 1 that nearly cancels
+        params = jax.tree.map(lambda x: x.astype(float), params)
+        check_the_meta_gradient(navigation, params)
+
+
+def check_the_meta_gradient(navigation, params):
     task = navigation.sample_task(jax.random.key(4), trajectories=5)
-    params, loss = navigation.first_params(jax.random.key(5)), navigation.loss_fn
+    loss = navigation.loss_fn
     algorithm = fj.fomaml(loss, optax.sgd(0.5), 1, has_state=True)
     found, info = algorithm(fj.WithState(params, None), task)
 
@@ -161,9 +168,8 @@ def test_the_meta_gradient_is_the_adapted_players_own(navigation):
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4), found.params, expected
     )
-    # Losses are sums of advantages, of both signs and order 1, which nearly cancel.
-    np.testing.assert_allclose(info.support_losses, [before], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(info.query_loss, after, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(info.support_losses, [before], rtol=1e-4)
+    np.testing.assert_allclose(info.query_loss, after, rtol=1e-4)
     np.testing.assert_allclose(info.aux, mean_return, rtol=1e-4)
 
 

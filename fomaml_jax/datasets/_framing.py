@@ -4,10 +4,10 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 SHARE = 0.6
-"""Of the side, the longer one of a drawing: the median of Omniglot is 0.62, of the glyphs 0.55."""
+"""Of the side, the longer one of a drawing; about the median of Omniglot's."""
 
 PEN = 0.055
-"""Of the side, the width of strokes: the median of Omniglot is 0.053, of the glyphs 0.077."""
+"""Of the side, the width of strokes; about the median of Omniglot's."""
 
 FINER = 4
 """Times finer than the result is what strokes are made thicker or thinner in."""
@@ -16,16 +16,15 @@ SPECKS = 0.005
 """Of the strokes, what may lie beyond a side of the drawing: dust."""
 
 
-def place_of(strokes: np.ndarray) -> tuple[float, float, float, float]:
-    """The square that has a drawing of 255 on 0 in its middle: left, top, right and bottom.
+def place_of(strokes: np.ndarray) -> tuple[float, float, float]:
+    """The square that has a drawing of 255 on 0 in its middle: its left, top and side.
 
     As large as `SHARE` says, so that it may go beyond the picture.
     """
     on = strokes > 127
     (top, bottom), (left, right) = (_extent(on.sum(axis)) for axis in (1, 0))
-    half = max(bottom - top, right - left) / SHARE / 2
-    x, y = (left + right) / 2, (top + bottom) / 2
-    return x - half, y - half, x + half, y + half
+    side = max(bottom - top, right - left) / SHARE
+    return (left + right - side) / 2, (top + bottom - side) / 2, side
 
 
 def redrawn(strokes: np.ndarray, size: int) -> np.ndarray:
@@ -50,15 +49,15 @@ def _extent(counts: np.ndarray) -> tuple[int, int]:
 def _stretched(strokes: Image.Image) -> Image.Image:
     """With most of the strokes at 255, of which thin ones fall short as they are made smaller."""
     levels = np.asarray(strokes, np.float32)
-    full = np.quantile(levels[levels > 25], 0.75)
+    full = np.quantile(levels[levels > levels.max() / 10], 0.75)
     return Image.fromarray((levels * (255 / full)).clip(0, 255).astype(np.uint8))
 
 
 def _with_pen(strokes: Image.Image, pen: float) -> Image.Image:
-    short = (pen - _pen_of(strokes)) / 2  # on either side
-    if short > 0:
-        return strokes.filter(ImageFilter.MaxFilter(2 * round(short) + 1))
-    return strokes.filter(ImageFilter.MinFilter(2 * round(-short / 2) + 1))
+    while _pen_of(strokes) < pen - 1:  # measured anew, as a thin line may be dotted at first
+        strokes = strokes.filter(ImageFilter.MaxFilter(3))
+    excess = max((_pen_of(strokes) - pen) / 2, 0)  # on either side
+    return strokes.filter(ImageFilter.MinFilter(2 * round(excess / 2) + 1))
 
 
 def _pen_of(strokes: Image.Image) -> float:

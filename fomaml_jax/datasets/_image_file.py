@@ -68,12 +68,12 @@ def read_strokes(file: Path, size: int, background: Background) -> tuple[np.ndar
 
 def _part_with_drawing(grey: Image.Image, size: int, ground: float, is_light: bool) -> Image.Image:
     """The square around the drawing, in which what is beyond the picture is ground."""
-    part, left, top = grey, 0.0, 0.0
+    part, left, top = grey, 0, 0
     for _ in range(2):  # in the whole picture made smaller, then more exactly where it is
         levels = _without_grain(part, size)
         scale = part.width / levels.shape[1]
-        near, above, far, _ = (scale * x for x in place_of(_strokes(levels, ground, is_light)))
-        left, top, side = round(left + near), round(top + above), round(far - near)
+        x, y, side = (round(scale * x) for x in place_of(_strokes(levels, ground, is_light)))
+        left, top = left + x, top + y
         part = Image.new("L", (side, side), round(ground))
         part.paste(grey, (-left, -top))
     return part
