@@ -352,7 +352,7 @@ def _tuned(
     A run that is resumed keeps what was chosen for it: another form rounds differently.
     """
     path = folder / runs.PLAN
-    if resume and (path.is_file() or (folder / training.CHECKPOINTS).is_dir()):
+    if resume and (path.is_file() or (folder / runs.CHECKPOINTS).is_dir()):
         try:
             saved = json.loads(path.read_text())
             return dataclasses.replace(

@@ -42,8 +42,10 @@ RESULT = "result.json"
 PER_TASK = "per_task.npy"
 """The metric of every unseen task after the last step."""
 
+CHECKPOINTS = "checkpoints"
+"""A folder, of the newest ones."""
 
-FOLDERS = ("checkpoints", "tensorboard")
+FOLDERS = (CHECKPOINTS, "tensorboard")
 PICTURES = ("learning_curve.png", "episodes.png", "adaptation.png")
 FILES = (*PICTURES, METRICS, PLAN, DATA, DIVERGED, PER_TASK, RESULT, PARAMETERS, CONFIG)
 """What a run writes, its configuration last."""

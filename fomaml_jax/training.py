@@ -3,37 +3,25 @@
 import contextlib
 import dataclasses
 import datetime
-import functools
 import json
-import math
 import operator
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from fomaml_jax import checkpoints, processes, runs, signals
-from fomaml_jax.agenda import Over, agenda_of
-from fomaml_jax.checkpoints import Checkpoint, CheckpointError
+from fomaml_jax import outer_loop, processes, runs, signals
+from fomaml_jax.agenda import Agenda, Over, agenda_of
+from fomaml_jax.history import History
+from fomaml_jax.keeper import Keeper, identity_of, made_by
 from fomaml_jax.learner import MetaLearner, MetaState
-from fomaml_jax.progress import progress
-from fomaml_jax.tasks import task_keys
-from fomaml_jax.types import Params, TaskInfo
-
-CHECKPOINTS = "checkpoints"
-"""The folder of checkpoints in a run's folder."""
-
-CALL_SECONDS = 1.0
-"""How long one compiled call should take: as often can a run be followed, saved and stopped."""
-
-DIVERGED_STEPS = 10
-"""After so many steps in a row that left out too many tasks, a run has diverged."""
+from fomaml_jax.outer_loop import DIVERGED_STEPS, Carry
+from fomaml_jax.progress import Progress, progress
+from fomaml_jax.types import Params
 
 Why = Over | signals.Stop | Literal["stopped"]
 
@@ -195,363 +183,144 @@ def train(
         checkpoint_every=checkpoint_every,
         max_left_out=max_left_out,
     )
-    tasks_per_step = operator.index(tasks_per_step)
-    place = None if folder is None else Path(folder)
-    with jax.transfer_guard_host_to_device("allow"):  # once, and meant
-        run = _Run(_start(learner.init(params)), scored=validate is not None)
-    identity = {"key": _key_numbers(key), "tasks_per_step": tasks_per_step}
-    identity |= {"random numbers": str(jax.random.key_impl(key))}
-    identity |= {"config": json.loads(json.dumps(dict(config or {}), allow_nan=False))}
-    if place is None and resume:
+    if folder is None and resume:
         raise ValueError("there is nothing to resume without a folder; pass folder too")
-    advance = _compiled(learner, sample_task, key, tasks_per_step, max_left_out)
-    total = None if agenda.steps is None else agenda.steps * tasks_per_step
-    made_by = _made_by(mesh)
+    tasks_per_step = operator.index(tasks_per_step)
+    with jax.transfer_guard_host_to_device("allow"):  # once, and meant
+        start = outer_loop.start(learner.init(params))
+    history = History(start, scored=validate is not None)
+    identity = identity_of(key, tasks_per_step, config)
+    keeper = Keeper(None if folder is None else Path(folder), identity, made_by(mesh))
     processes.check_alike(json.dumps([identity, dataclasses.asdict(agenda)], default=str))
     with contextlib.ExitStack() as stack:
-        if place is not None:
+        if keeper.folder is not None:
             with processes.first_goes_ahead():
-                stack.enter_context(runs.alone(place))
-                run.open(place, identity, made_by, resume)
-        run.carry = _placed(run.carry, mesh)
-        began, last_saved = time.monotonic() - run.seconds, time.monotonic()
-        stride, told = 1, False
-        good = latest = run.copied()
-
-        def keep(run: _Run) -> None:
-            if place is not None:
-                run.save(place, identity, made_by)
-
-        def append(row: dict[str, Any]) -> None:
-            if place is not None:
-                runs.append_metrics(place, row)
-
+                stack.enter_context(runs.alone(keeper.folder))
+                keeper.take_up(history, resume)
+        history.carry = outer_loop.placed(history.carry, mesh)
+        loop = _Loop(
+            outer_loop.compiled(learner, sample_task, key, tasks_per_step, max_left_out),
+            history,
+            agenda,
+            keeper,
+            tasks_per_step,
+            max_left_out,
+            validate,
+            lower_is_better,
+            on_report,
+        )
         asked = stack.enter_context(signals.noticed(stop_on_signals))
+        total = None if agenda.steps is None else agenda.steps * tasks_per_step
         name = name if processes.is_first() else None
-        tell = stack.enter_context(progress(name, total, "tasks", run.step * tasks_per_step))
+        tell = stack.enter_context(progress(name, total, "tasks", history.step * tasks_per_step))
         try:
-            while True:
-                # Clocks, signals and callbacks may differ from process to process, steps may not.
-                mine = (STOPS.index(asked.to), told, stride, run.seconds)
-                stop, told, stride, seconds = processes.greatest(mine)
-                over = agenda.over(run.step, run.since_best, seconds)
-                if why := STOPS[int(stop)] or over or ("stopped" if told else None):
-                    break
-                called, before = time.monotonic(), run.step
-                until = min(run.step + int(stride), agenda.next_event(run.step))
-                limits = jax.device_put((np.int32(until), np.bool(run.reported)))
-                run.carry = jax.block_until_ready(advance(run.carry, *limits))
-                # What was there before is good if the tasks of the step after it were.
-                good = latest if run.streak < run.step - latest.step else good
-                stride = _next_stride(run.step - before, time.monotonic() - called)
-                if run.streak >= DIVERGED_STEPS:
-                    tell(run.step * tasks_per_step, run.note())
-                    append(run.report(tasks_per_step))
-                    raise DivergedError(_advice(run.step, max_left_out), good.trained("stopped"))
-                if agenda.reports(run.step):
-                    row = run.report(tasks_per_step)
-                    if validate is not None and agenda.scores(run.step):
-                        mine = float(jax.device_get(validate(run.params)))
-                        run.score(processes.greatest([mine])[0], lower_is_better)
-                    append(row)
-                    if on_report is not None and on_report(dict(row), run.copied().params):
-                        told = True
-                run.seconds = time.monotonic() - began
-                tell(run.step * tasks_per_step, run.note())
-                due = agenda.saves(run.step, time.monotonic() - last_saved)
-                if due and run.is_sound:
-                    keep(run)
-                    last_saved = time.monotonic()
-                latest = run.copied()
+            why = loop.until_over(asked, tell)
         except DivergedError:
-            with contextlib.suppress(OSError):
-                if good.step:
-                    keep(good)
-                if place is not None and processes.is_first():  # saved before this was known
-                    checkpoints.forget_after(place / CHECKPOINTS, good.step)
+            loop.go_back()
             raise
         except Exception:  # such as one in a function of the caller's
-            if latest.step:
-                with contextlib.suppress(OSError):
-                    keep(latest if latest.is_sound else good)
+            loop.save_what_there_was()
             raise
-        # Where tasks were left out just now, it may be this state that has diverged: from the one
-        # before, the same steps are taken again.
-        keep(run if run.is_sound else good)
+        loop.save_at_the_end()
         (stop,) = processes.greatest([STOPS.index(asked.to)])
-    return run.trained(STOPS[int(stop)] or why)
-
-
-class _Carry(NamedTuple):
-    """What goes from step to step: the learner's state, and sums since the last report."""
-
-    meta: MetaState
-    step: jax.Array
-    counted: jax.Array
-    """Steps with a task that was finite: those that the means are over."""
-    loss: jax.Array
-    support_losses: jax.Array
-    """Before the first and before the last inner step, and in how many steps there were any."""
-    grad_norm: jax.Array
-    left_out: jax.Array
-    streak: jax.Array
-    """Steps in a row, up to now, that left out too many tasks."""
-
-
-_SUMS = ("counted", "loss", "support_losses", "grad_norm", "left_out")
-
-
-def _start(meta: MetaState) -> _Carry:
-    none = jnp.zeros((), jnp.int32)
-    return _Carry(meta, none, none, jnp.zeros(()), jnp.zeros(3), jnp.zeros(()), none, none)
-
-
-def _support_losses(tasks: TaskInfo) -> jax.Array:
-    """The mean over finite tasks before the first and before the last inner step, and 1; or 0."""
-    losses = tasks.support_losses
-    if np.ndim(losses) != 2 or losses.shape[1] == 0:
-        return jnp.zeros(3)
-    ends = jnp.stack([losses[:, 0], losses[:, -1], jnp.ones_like(losses[:, 0])], axis=1)
-    total = jnp.where(tasks.finite[:, None], ends, 0).sum(0)
-    return total / jnp.maximum(tasks.finite.sum(), 1).astype(total.dtype)
-
-
-def _compiled(
-    learner: MetaLearner,
-    sample_task: Callable[[jax.Array], Any],
-    key: jax.Array,
-    tasks_per_step: int,
-    max_left_out: float,
-) -> Callable[[_Carry, jax.Array, jax.Array], _Carry]:
-    """`(carry, until, reported)`: steps until that many are done, or the run has diverged.
-
-    However many steps a call takes, the numbers are the same: the sums go from call to call.
-    """
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def advance(carry: _Carry, until: jax.Array, reported: jax.Array) -> _Carry:
-        sums = {name: getattr(carry, name) for name in _SUMS}
-        begin = {name: jnp.where(reported, jnp.zeros_like(x), x) for name, x in sums.items()}
-
-        def unfinished(carry: _Carry) -> jax.Array:
-            return (carry.step < until) & (carry.streak < DIVERGED_STEPS)
-
-        def body(carry: _Carry) -> _Carry:
-            sampled = jax.vmap(sample_task)(task_keys(key, carry.step, tasks_per_step))
-            meta, info = learner.step(carry.meta, sampled)
-            left_out = tasks_per_step - info.num_finite
-            too_many = left_out > math.floor(max_left_out * tasks_per_step + 1e-6)
-            return _Carry(
-                meta,
-                carry.step + 1,
-                carry.counted + (info.num_finite > 0).astype(jnp.int32),
-                carry.loss + info.loss.astype(carry.loss.dtype),
-                carry.support_losses + _support_losses(info.tasks).astype(carry.loss.dtype),
-                carry.grad_norm + info.grad_norm.astype(carry.grad_norm.dtype),
-                carry.left_out + left_out,
-                jnp.where(too_many, carry.streak + 1, 0),
-            )
-
-        return jax.lax.while_loop(unfinished, body, carry._replace(**begin))
-
-    return advance
-
-
-def _placed(carry: _Carry, mesh: Mesh | None) -> _Carry:
-    """A copy, because every call takes its buffers; where it will come back, to compile once."""
-    carry = jax.tree.map(jnp.copy, carry)
-    return carry if mesh is None else jax.device_put(carry, NamedSharding(mesh, PartitionSpec()))
-
-
-def _next_stride(taken: int, seconds: float) -> int:
-    """How many steps the next call may take, after one that took so many in so long."""
-    return max(1, min(10 * taken, int(taken * CALL_SECONDS / max(seconds, 1e-6))))
+    return _trained(history, STOPS[int(stop)] or why)
 
 
 @dataclasses.dataclass
-class _Run:
-    """All that has happened so far."""
+class _Loop:
+    """Steps, and what is due after each, until something ends them."""
 
-    carry: _Carry
-    scored: bool
-    last_report: int = 0
-    best: Params = None
-    best_score: float | None = None
-    since_best: int = 0
-    """Scores since the best."""
-    seconds: float = 0.0
-    left_out: int = 0
-    """Tasks left out up to the last report."""
-    saved: int | None = None
-    """The step of the last checkpoint."""
-    metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    advance: Callable[[Carry, jax.Array, jax.Array], Carry]
+    history: History
+    agenda: Agenda
+    keeper: Keeper
+    tasks_per_step: int
+    max_left_out: float
+    validate: Callable[[Params], Any] | None
+    lower_is_better: bool
+    on_report: Callable[[dict[str, Any], Params], Any] | None
 
     def __post_init__(self) -> None:
-        if self.scored and self.best is None:
-            self.best = jax.tree.map(jnp.copy, self.params)
+        self.began = time.monotonic() - self.history.seconds
+        self.last_saved = time.monotonic()
+        self.latest = self.good = self.history.copied()
 
-    @property
-    def params(self) -> Params:
-        return self.carry.meta.params
+    def until_over(self, asked: signals.Asked, tell: Progress) -> Why:
+        """Takes steps until something ends them, and says what."""
+        history, stride, told = self.history, 1, False
+        while True:
+            # Clocks, signals and callbacks may differ from process to process, steps may not.
+            mine = (STOPS.index(asked.to), told, stride, history.seconds)
+            stop, told, stride, seconds = processes.greatest(mine)
+            over = self.agenda.over(history.step, history.since_best, seconds)
+            if why := STOPS[int(stop)] or over or ("stopped" if told else None):
+                return why
+            stride = self.take(int(stride))
+            if history.streak >= DIVERGED_STEPS:
+                tell(history.step * self.tasks_per_step, history.note())
+                self.keeper.append(history.report(self.tasks_per_step))
+                advice = _advice(history.step, self.max_left_out)
+                raise DivergedError(advice, _trained(self.good, "stopped"))
+            if self.agenda.reports(history.step):
+                told = self.report()
+            history.seconds = time.monotonic() - self.began
+            tell(history.step * self.tasks_per_step, history.note())
+            self.save_if_due()
+            self.latest = history.copied()
 
-    @property
-    def step(self) -> int:
-        return int(jax.device_get(self.carry.step))
+    def take(self, stride: int) -> int:
+        """Takes at most so many steps in one call; how many the next may take."""
+        history, called, before = self.history, time.monotonic(), self.history.step
+        until = min(before + stride, self.agenda.next_event(before))
+        limits = jax.device_put((np.int32(until), np.bool(history.reported)))
+        history.carry = jax.block_until_ready(self.advance(history.carry, *limits))
+        if history.streak < history.step - self.latest.step:
+            # What was there before is good: the tasks of the step after it were.
+            self.good = self.latest
+        return outer_loop.next_stride(history.step - before, time.monotonic() - called)
 
-    @property
-    def streak(self) -> int:
-        return int(jax.device_get(self.carry.streak))
+    def report(self) -> bool:
+        """Writes a row of metrics, with a score where one is due; whether that ends the run."""
+        history = self.history
+        row = history.report(self.tasks_per_step)
+        if self.validate is not None and self.agenda.scores(history.step):
+            mine = float(jax.device_get(self.validate(history.params)))
+            history.score(processes.greatest([mine])[0], self.lower_is_better)
+        self.keeper.append(row)
+        return bool(self.on_report and self.on_report(dict(row), history.copied().params))
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether the parameters, and some tasks of the step to them, are finite."""
-        leaves = jax.device_get(jax.tree.leaves(self.params))
-        # numpy does not know every kind below float32.
-        known = [np.float32(x) if x.dtype.itemsize < 4 else x for x in leaves]
-        return self.streak == 0 and all(np.isfinite(x).all() for x in known)
+    def save_if_due(self) -> None:
+        """Saves this state, unless it may have diverged."""
+        due = self.agenda.saves(self.history.step, time.monotonic() - self.last_saved)
+        if due and self.history.is_sound:
+            self.keeper.save(self.history)
+            self.last_saved = time.monotonic()
 
-    @property
-    def reported(self) -> bool:
-        """Whether the sums have been reported, and start again."""
-        return self.step == self.last_report
+    def save_at_the_end(self) -> None:
+        """Saves this state, or the one before it if tasks were left out just now.
 
-    def copied(self) -> "_Run":
-        """This moment, which the next call does not take away."""
-        kept = jax.tree.map(jnp.copy, self.carry)
-        return dataclasses.replace(self, carry=kept, metrics=list(self.metrics))
+        Then it may be this one that has diverged, and the same steps are taken again.
+        """
+        self.keeper.save(self.history if self.history.is_sound else self.good)
 
-    def report(self, tasks_per_step: int) -> dict[str, Any]:
-        """Adds a row on the steps since the last."""
-        sums = {name: jax.device_get(getattr(self.carry, name)) for name in _SUMS}
-        count, left_out = int(sums["counted"]), int(sums["left_out"])
-        row = {"step": self.step, "tasks": self.step * tasks_per_step}
-        row |= {"loss": float(sums["loss"]) / count if count else math.nan}
-        first, last, with_support = sums["support_losses"].tolist()
-        if with_support:
-            row |= {"support_loss_first": first / with_support}
-            row |= {"support_loss_last": last / with_support}
-        row |= {"grad_norm": float(sums["grad_norm"]) / count if count else math.nan}
-        row |= {"left_out": left_out}
-        self.left_out += left_out
-        self.last_report = self.step
-        self.metrics.append(row)
-        return row
+    def save_what_there_was(self) -> None:
+        """Saves the state before the step that went wrong, if the disk lets it."""
+        if self.latest.step:
+            with contextlib.suppress(OSError):
+                self.keeper.save(self.latest if self.latest.is_sound else self.good)
 
-    def score(self, score: float, lower_is_better: bool) -> None:
-        """Adds the score of the parameters to the last row, and keeps the best ones."""
-        self.metrics[-1]["validation"] = score
-        sign = -1 if lower_is_better else 1
-        if not math.isnan(score) and (
-            self.best_score is None or sign * score > sign * self.best_score
-        ):
-            self.best, self.best_score = jax.tree.map(jnp.copy, self.params), score
-            self.since_best = 0
-        else:
-            self.since_best += 1
-
-    def note(self) -> str:
-        """What to say beside the progress."""
-        loss = f"loss {self.metrics[-1]['loss']:.3f}" if self.metrics else ""
-        score = "" if self.best_score is None else f", best {self.best_score:.3f}"
-        unreported = 0 if self.reported else int(jax.device_get(self.carry.left_out))
-        left_out = self.left_out + unreported
-        return loss + score + (f", {left_out} tasks left out" if left_out else "")
-
-    def trained(self, why: Why) -> Trained:
-        """As the result."""
-        meta = self.carry.meta
-        best = meta.params if self.best_score is None else self.best
-        return Trained(meta, best, self.best_score, self.metrics, why, self.seconds)
-
-    def save(self, folder: Path, identity: dict[str, Any], made_by: dict[str, Any]) -> None:
-        """Writes a checkpoint, if there is something new."""
-        if self.saved == self.step or not processes.is_first():
-            return
-        fields = ("last_report", "best_score", "since_best", "seconds", "left_out")
-        notes = {name: getattr(self, name) for name in fields}
-        notes |= {"identity": identity, "made_by": made_by}
-        notes |= {"rows": len(self.metrics), "digest": runs.digest_of_metrics(self.metrics)}
-        runs.flush_metrics(folder)
-        tree = {"carry": self.carry, "best": self.best}
-        checkpoints.save(folder / CHECKPOINTS, Checkpoint(self.step, tree, notes))
-        self.saved = self.step
-
-    def open(
-        self, folder: Path, identity: dict[str, Any], made_by: dict[str, Any], resume: bool
-    ) -> None:
-        """Goes on from the newest checkpoint, or begins in an empty folder."""
-        begun = (folder / CHECKPOINTS).exists() or (folder / runs.METRICS).exists()
-        if begun and not resume:
-            raise ValueError(
-                f"{folder} holds a run; pass resume=True to go on with it, or another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        if not begun:
-            return
-        like = {"carry": self.carry, "best": self.best}
-        found, damaged = checkpoints.newest(folder / CHECKPOINTS, like)
-        for line in damaged:
-            warnings.warn(line, stacklevel=3)
-        if found is None:
-            warnings.warn(f"{folder} has no checkpoint; training begins at the start", stacklevel=3)
-            self.metrics = runs.cut_metrics(folder, self.step)
-            return
-        notes = dict(found.notes)
-        _check_identity(folder, notes.pop("identity"), identity)
-        if (before := notes.pop("made_by")) != made_by:
-            warnings.warn(
-                f"the run in {folder} was saved with {_listed(before)}, and goes on with "
-                f"{_listed(made_by)}: on the same tasks, to the same numbers but for rounding",
-                stacklevel=3,
-            )
-        rows, digest = notes.pop("rows"), notes.pop("digest")
-        self.carry, self.best = found.tree["carry"], found.tree["best"]
-        for name, value in notes.items():
-            setattr(self, name, value)
-        self.saved = found.step
-        self.metrics = runs.cut_metrics(folder, self.step)
-        if digest != runs.digest_of_metrics(self.metrics):
-            warnings.warn(
-                f"{folder / runs.METRICS} is not what was written up to step {self.step} ({rows} "
-                f"rows, found {len(self.metrics)}): distrust its curves, not the training",
-                stacklevel=3,
-            )
+    def go_back(self) -> None:
+        """Keeps the last good state alone, of what was saved before the run was seen to diverge."""
+        with contextlib.suppress(OSError):
+            if self.good.step:
+                self.keeper.save(self.good)
+            self.keeper.forget_after(self.good.step)
 
 
-def _made_by(mesh: Mesh | None) -> dict[str, Any]:
-    """What else bits depend on."""
-    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    return {
-        "jax": jax.__version__,
-        "device": devices[0].device_kind,
-        "devices": 1 if mesh is None else len(devices),
-    }
-
-
-def _listed(made_by: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in made_by.items())
-
-
-def _check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    before_and_now = [_flat(identity) for identity in (saved, now)]
-    for name in before_and_now[0] | before_and_now[1]:
-        before, after = (identity.get(name) for identity in before_and_now)
-        # A name that is younger than the checkpoint, such as a new option, cannot be compared.
-        if name in before_and_now[0] and before != after:
-            raise CheckpointError(
-                f"the run in {folder} is another one: {name} was {before}, now {after}"
-            )
-
-
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    """With what the caller had to say under names of its own."""
-    config = {f"config[{name!r}]": value for name, value in identity.get("config", {}).items()}
-    return {name: value for name, value in identity.items() if name != "config"} | config
-
-
-def _key_numbers(key: jax.Array) -> list[int]:
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.device_get(jax.random.key_data(key) if typed else key)).tolist()
+def _trained(history: History, why: Why) -> Trained:
+    meta = history.carry.meta
+    best = meta.params if history.best_score is None else history.best
+    return Trained(meta, best, history.best_score, history.metrics, why, history.seconds)
 
 
 def _advice(step: int, max_left_out: float) -> str:
