@@ -111,7 +111,7 @@ def draw(folder, rows, steps, goals):
             curve = row["curves"][name]
             at = (np.arange(len(curve)) + 0.5) * steps / len(curve)
             curves.plot(at, curve, color=colour, linewidth=1, label=label)
-    curves.set(xlabel="outer steps", ylabel="return", title="learning")
+    curves.set(xlabel="outer steps", ylabel="return", title="learning", ylim=(-80, 0))
     curves.legend(frameon=False)
     for square, (goal, *played) in zip(squares, goals, strict=True):
         for colour, label, paths, running in zip(("0.7", "C0"), LABELS, *played, strict=True):
