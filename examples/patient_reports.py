@@ -1,7 +1,5 @@
 """How models of patients are compared: the same patients, intervals over patients, pictures."""
 
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,23 +62,6 @@ def judge(model, patients, train, unseen, usual, steps, seeds):
         "coverage_of_the_ensemble_alone": coverage(patients, unseen, ours, 1.645 * spread, shots),
     }
     return Judged(summary(errors, unseen, patients.names) | result, predicted, half)
-
-
-def find(data, name, parser):
-    """A file in a folder, else in $FOMAML_JAX_DATA."""
-    folder = data or os.environ.get("FOMAML_JAX_DATA", "")
-    path = Path(folder).expanduser() / name
-    if not folder or not path.is_file():
-        parser.error(
-            f"--data or $FOMAML_JAX_DATA must be a folder that holds {name}, got {folder or None}"
-        )
-    return path
-
-
-def orders(patients, splits, seed=0):
-    """Random orders of the patients, `[splits, patients]`, to be cut in two."""
-    rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(patients) for _ in range(splits)])
 
 
 def _by_patient(values, unseen):

@@ -24,20 +24,16 @@ large as the change in half a year that it should find. It says what a score may
 happens; it cannot notice that something did.
 """
 
-import argparse
 import csv
 import importlib.util
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import patient_baselines as baselines
-import patient_reports as reports
 from patient_models import Model, Patients
-
-FILE, TRAINED = "parkinsons/parkinsons_updrs.csv", 32
+from patient_study import Study, main
 
 
 def read(path: Path) -> Patients:
@@ -130,38 +126,18 @@ def usual_models(patients, train, unseen, steps):
     return found
 
 
-def main():
-    """Meta-trains, runs the baselines on the same patients, reports and draws."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", help="folder of the data (or $FOMAML_JAX_DATA)")
-    parser.add_argument("--splits", type=int, default=20, help="random splits (20)")
-    parser.add_argument("--seeds", type=int, default=3, help="meta-trainings a split (3)")
-    parser.add_argument("--steps", type=int, default=200, help="outer steps (200)")
-    parser.add_argument("--out", type=Path, help="folder for result and pictures")
-    asked = parser.parse_args()
-
-    patients = read(reports.find(asked.data, FILE, parser))
-    orders = reports.orders(len(patients.counts), asked.splits)
-    train, unseen = orders[:, :TRAINED], orders[:, TRAINED:]
-    usual = usual_models(patients, train, unseen, asked.steps)
-    judged = reports.judge(MODEL, patients, train, unseen, usual, asked.steps, asked.seeds)
-    result = judged.result | {"metric": "mean absolute error of total UPDRS"}
-    print(reports.text(result))
-    if asked.out:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        (asked.out / "patients.json").write_text(json.dumps(result, indent=2) + "\n")
-        reports.draw(
-            asked.out / "patients.png",
-            judged,
-            patients,
-            unseen[0],
-            against="mixed effects" if "mixed effects" in usual else "patient's own mean",
-            times=100 * patients.x[..., 0],
-            labels=("days since the first recording", "total UPDRS"),
-        )
-
+STUDY = Study(
+    file="parkinsons/parkinsons_updrs.csv",
+    read=read,
+    trained=32,
+    model=MODEL,
+    usual=usual_models,
+    steps=200,
+    metric="total UPDRS",
+    against=("mixed effects", "patient's own mean"),
+    times=lambda patients: 100 * patients.x[..., 0],
+    labels=("days since the first recording", "total UPDRS"),
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, "patients", __doc__)

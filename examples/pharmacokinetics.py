@@ -20,19 +20,15 @@ operation, nobody below 20 or above 85; it was never tested on another hospital'
 been judged by its mean error, where an anaesthetist has to fear the largest.
 """
 
-import argparse
 import csv
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import patient_baselines as baselines
-import patient_reports as reports
 from patient_models import Model, Patients
-
-FILE, TRAINED = "remifentanil/remifentanil.csv", 50
+from patient_study import Study, main
 
 
 def read(path: Path) -> Patients:
@@ -118,40 +114,25 @@ def features(x):
     return np.stack([np.log(minutes), since_end, on, dose, log_rate, end, *person], -1)
 
 
-def main():
-    """Meta-trains, runs the baselines on the same patients, reports and draws."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", help="folder of the data (or $FOMAML_JAX_DATA)")
-    parser.add_argument("--splits", type=int, default=20, help="random splits (20)")
-    parser.add_argument("--seeds", type=int, default=3, help="meta-trainings a split (3)")
-    parser.add_argument("--steps", type=int, default=300, help="outer steps (300)")
-    parser.add_argument("--out", type=Path, help="folder for result and pictures")
-    asked = parser.parse_args()
+def usual_models(patients, train, unseen, steps):
+    """The predictions of everything that is to be beaten."""
+    del steps
+    x = features(patients.x)
+    return baselines.of_tables(x, patients.y, patients.counts, train, unseen, MODEL.shots)
 
-    patients = read(reports.find(asked.data, FILE, parser))
-    orders = reports.orders(len(patients.counts), asked.splits)
-    train, unseen = orders[:, :TRAINED], orders[:, TRAINED:]
-    usual = baselines.of_tables(
-        features(patients.x), patients.y, patients.counts, train, unseen, MODEL.shots
-    )
-    judged = reports.judge(MODEL, patients, train, unseen, usual, asked.steps, asked.seeds)
-    result = judged.result | {"metric": "mean absolute error of log concentration"}
-    print(reports.text(result))
-    if asked.out:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        (asked.out / "pharmacokinetics.json").write_text(json.dumps(result, indent=2) + "\n")
-        reports.draw(
-            asked.out / "pharmacokinetics.png",
-            judged,
-            patients,
-            unseen[0],
-            against="ridge, shrunk offset",
-            times=patients.x[..., 0],
-            labels=("minutes since the infusion began", "log concentration (ng/ml)"),
-        )
 
+STUDY = Study(
+    file="remifentanil/remifentanil.csv",
+    read=read,
+    trained=50,
+    model=MODEL,
+    usual=usual_models,
+    steps=300,
+    metric="log concentration",
+    against=("ridge, shrunk offset",),
+    times=lambda patients: patients.x[..., 0],
+    labels=("minutes since the infusion began", "log concentration (ng/ml)"),
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, "pharmacokinetics", __doc__)
