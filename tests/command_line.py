@@ -10,16 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from PIL import Image
 
-from fomaml_jax import cli
+from fomaml_jax import cli, options, problems, runs
 from fomaml_jax.datasets import ImageClasses
 
 TINY = ("--steps", "3", "--tasks-per-step", "2", "--eval-tasks", "4")
 SMALL = (*TINY, "--queries", "2", "--inner-steps", "1", "--width", "4")
 SMALL_GLYPHS = (*SMALL, "--train-ways", "4", "--ways", "3")
 SMALL_FOLDER = (*SMALL, "--train-ways", "2", "--ways", "2")
+FILES = {
+    *("config.json", "parameters.npz", "metrics.jsonl", "checkpoints", "result.json"),
+    "per_task.npy",
+    "learning_curve.png",
+}
 
 
 class SmallNetwork(nn.Module):
@@ -103,3 +109,16 @@ def paint_classes(folder, count):
 
 def everything(folder):
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def has_moved(folder):
+    """Whether the saved parameters are not those that training started from."""
+    first = problems.build(options.from_json(runs.read_config(folder))).params
+    saved = runs.load_parameters(folder, first)
+    return any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (first, saved)), strict=True))
+
+
+def is_picture(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG" and np.asarray(image.convert("L")).std() > 1

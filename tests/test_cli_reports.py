@@ -1,0 +1,45 @@
+"""`fomaml-jax report`: one page, and its pictures."""
+
+import shutil
+
+import pytest
+from command_line import TINY, call, is_picture, trained
+
+pytestmark = pytest.mark.usefixtures("small_world")
+
+
+def test_a_report_is_one_page_and_its_pictures(sinusoid, tmp_path):
+    other = trained(tmp_path / "a <b> & c", "sinusoid", *TINY, "--eval-steps", "1", "--rate", "0.1")
+    made = call("report", sinusoid.folder, other.folder, "--out", tmp_path / "out")
+    assert (made.code, made.err) == (0, "")
+    names = {"report.html", "learning_curves.png", "accuracy_per_step.png", "tasks.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 3
+    assert "http" not in text
+    assert "a &lt;b&gt; &amp; c" in text
+    assert "<td>rate</td><td>0.001</td><td>0.1</td>" in text
+    assert "<td>seed</td>" not in text  # the same in both
+    assert f"{other.result['mean']:.2f} ± {other.result['ci95']:.2f}" in text
+    for name in names - {"report.html"}:
+        assert is_picture(tmp_path / "out" / name)
+
+
+def test_a_report_of_an_unfinished_run(glyphs, tmp_path):
+    folder = shutil.copytree(glyphs.folder, tmp_path / "run")
+    for name in ("result.json", "per_task.npy"):
+        (folder / name).unlink()
+    made = call("report", folder, "--out", tmp_path / "out")
+    assert made.code == 0
+    assert "not finished" in (tmp_path / "out" / "report.html").read_text()
+    (folder / "metrics.jsonl").write_text("{\n")
+    refused = call("report", folder, "--out", tmp_path / "out")
+    assert refused.code == 2
+    assert "metrics.jsonl is damaged" in refused.err
+
+
+def test_runs_of_different_metrics_are_no_report(glyphs, sinusoid, tmp_path):
+    refused = call("report", glyphs.folder, sinusoid.folder, "--out", tmp_path / "out")
+    assert refused.code == 2
+    assert "runs of different metrics in one report: accuracy, mean squared error" in refused.err
+    assert not (tmp_path / "out").exists()
