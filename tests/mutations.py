@@ -113,13 +113,13 @@ MUTATIONS = [
         "test_tasks.py test_training.py",
     ),
     Mutation(
-        "training.py",
+        "outer_loop.py",
         "jnp.where(reported, jnp.zeros_like(x), x)",
         "x",
         "test_training.py",
     ),
     Mutation(
-        "training.py",
+        "history.py",
         "if not math.isnan(score) and (",
         "if (",
         "test_training.py",
