@@ -7,7 +7,7 @@ from fomaml_jax.change_detection import Change, ChangeDetector, cusum
 from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on, paired_difference
-from fomaml_jax.learned_rates import WithRates, learned_rates, meta_sgd
+from fomaml_jax.learned_rates import learned_rates, meta_sgd
 from fomaml_jax.learner import (
     MetaLearner,
     MetaState,
@@ -36,6 +36,7 @@ from fomaml_jax.types import (
     PerStep,
     Task,
     TaskInfo,
+    WithRates,
     WithState,
 )
 

@@ -145,6 +145,7 @@ def inner_loop(
     """The loop of `adapt` in its parts: where it starts, a step, and a state's whole parameters."""
     num_steps = refusals.check_num_steps(num_steps)
     refusals.check_optimizer(optimizer)
+    refusals.check_bare(params)
     refusals.check_params(params)
     refusals.check_batch("support", support)
     refusals.check_rates(optimizer, params)

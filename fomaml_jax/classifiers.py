@@ -25,10 +25,9 @@ from fomaml_jax.heads import (
     with_head,
     without_head,
 )
-from fomaml_jax.learned_rates import WithRates
 from fomaml_jax.tasks import as_float
 from fomaml_jax.trainable import Trainable
-from fomaml_jax.types import Batch, LossFn, Params
+from fomaml_jax.types import Batch, LossFn, Params, WithRates
 from fomaml_jax.uneven import weighted_mean
 
 Predict = Callable[[Params, Any], jax.Array]

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax.learned_rates import WithRates
 from fomaml_jax.rates import scale_by_rates
-from fomaml_jax.types import MetaGradient, Params, Task, TaskInfo
+from fomaml_jax.types import MetaGradient, Params, Task, TaskInfo, WithRates
 
 HEAD = "head"
 """The name of a network's last, linear layer."""

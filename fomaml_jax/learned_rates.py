@@ -1,7 +1,7 @@
 """Inner rates learned along with the parameters, at first-order cost."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -11,24 +11,13 @@ from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import (
     checked_weights,
     closed,
+    finite_with,
     in_its_forms,
     opened,
     query_gradients,
 )
 from fomaml_jax.trainable import Trainable
-from fomaml_jax.types import LossFn, MetaGradient, Params, Task, TaskInfo
-
-
-class WithRates(NamedTuple):
-    """What is meta-learned: the parameters that every task starts from, and the inner rates.
-
-    Attributes:
-        params: the shared parameters.
-        rates: any pytree of floating-point arrays that an inner optimizer is made from.
-    """
-
-    params: Params
-    rates: Any
+from fomaml_jax.types import LossFn, MetaGradient, Task, TaskInfo, WithRates
 
 
 def learned_rates(
@@ -64,7 +53,8 @@ def learned_rates(
         unroll: as in `jax.lax.scan`.
         trainable: as for `fomaml`.
         step_weights: as for `fomaml`.
-        has_state: as for `fomaml`; `WithRates.params` is then a `WithState`.
+        has_state: as for `fomaml`; `WithRates.params` is then a `WithState`, and `with_state` takes
+            such trees too.
 
     Returns:
         A function `(WithRates, task) -> (WithRates of gradients, TaskInfo)`.
@@ -86,6 +76,7 @@ def learned_rates(
         Storkey, `How to train your MAML <https://arxiv.org/abs/1810.09502>`_ (LSLR), 2019.
     """
     refusals.checked_loss(loss_fn, has_aux, has_state)
+    refusals.check_function("make_optimizer", make_optimizer, "rates -> optimizer")
     if isinstance(refusals.check_num_steps(num_steps), jax.Array):
         raise TypeError("learned rates need num_steps to be a Python int, not an array")
     weights = checked_weights(step_weights, num_steps)
@@ -109,10 +100,10 @@ def learned_rates(
                     trainable=trainable,
                     **of_task,
                 )
-                return value, (closed(grads, state, shared.params, has_state), info)
+                return value, closed(grads, info, state, shared.params, has_state)
 
             of_rates, (of_params, info) = jax.grad(query_loss, has_aux=True)(shared.rates)
-            return WithRates(of_params, of_rates), info
+            return WithRates(of_params, of_rates), finite_with(info, of_rates)
 
         return meta_gradient
 
@@ -137,7 +128,13 @@ def meta_sgd(
         **options: those of `learned_rates`.
 
     Returns:
-        A function `(WithRates, task) -> (WithRates of gradients, TaskInfo)`.
+        A function `(WithRates, task) -> (WithRates of gradients, TaskInfo)`. What it has learned is
+        adapted to a task by `fj.adapt(loss_fn, shared.params, support,
+        fj.rates.scale_by_rates(shared.rates, per_step=per_step), num_steps)`.
+
+    Raises:
+        ValueError: for rates that do not fit the parameters, when it is used; else as
+            `learned_rates`.
 
     Example:
         >>> import jax.numpy as jnp, fomaml_jax as fj

@@ -9,7 +9,7 @@ import optax
 
 from fomaml_jax import refusals
 from fomaml_jax.parallel import OverTasks, accumulator
-from fomaml_jax.types import MetaGradient, Params, TaskInfo, WithState
+from fomaml_jax.types import MetaGradient, Params, TaskInfo, WithRates, WithState
 
 
 class MetaState(NamedTuple):
@@ -87,8 +87,9 @@ def meta_learner(
     Args:
         meta_gradient: `(params, tasks) -> (mean grads, TaskInfo)`: the result of `over_tasks`.
         optimizer: any optax transformation. One that needs the loss (a plateau schedule, Polyak
-            steps) is given `value` and `grad`; a line search, which needs new values of the loss,
-            has none to ask for here.
+            steps) is given `value` and `grad`; a line search, which asks for new values of the
+            loss, can be an inner optimizer only. For a `WithState` wrap it in `with_state`: a plain
+            one would take the state for parameters.
 
     Returns:
         A `MetaLearner`.
@@ -179,10 +180,15 @@ def with_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     """An outer optimizer for `WithState`: the parameters by `optimizer`, the state to its mean.
 
     Args:
-        optimizer: for the parameters.
+        optimizer: for the parameters. Of a `WithRates` whose parameters are a `WithState` it gets
+            the rates too, and may tell them apart: `optax.partition({"network": optax.adam(1e-3),
+            "rates": optax.adam(1e-2)}, fj.WithRates("network", "rates"))`.
 
     Returns:
-        An optax transformation of `WithState` trees.
+        An optax transformation of such trees.
+
+    Raises:
+        TypeError: for an optimizer that is not one; when it is used, for a tree without a state.
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
@@ -196,6 +202,11 @@ def with_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         Array(2., dtype=float32)
     """
     refusals.check_optimizer(optimizer)
-    return optax.partition(
-        {"params": optimizer, "state": optax.sgd(1.0)}, WithState("params", "state")
-    )
+
+    def labels(shared: Any) -> Any:
+        with_rates = isinstance(shared, WithRates)
+        refusals.check_shared(shared.params if with_rates else shared, WithState)
+        of_both = WithState("params", "state")
+        return WithRates(of_both, "params") if with_rates else of_both
+
+    return optax.partition({"params": optimizer, "state": optax.sgd(1.0)}, labels)

@@ -53,7 +53,8 @@ def fomaml(
             stays the one after the last step.
         has_state: whether the loss keeps state or draws random numbers; it is then
             `(params, batch, state, key) -> (loss, (state, aux))` as in `adapt`, the shared
-            parameters are a `WithState`, and a `KeyedTask` gives the task its key.
+            parameters are a `WithState`, a `KeyedTask` gives the task its key (`None` without),
+            and the outer optimizer has to be a `with_state`.
 
     Returns:
         A function `(params, task) -> (grads, TaskInfo)` for one task; `over_tasks` makes it one
@@ -93,7 +94,7 @@ def fomaml(
                 trainable=trainable,
                 **of_task,
             )
-            return closed(grads, state, shared, has_state), info
+            return closed(grads, info, state, shared, has_state)
 
         return meta_gradient
 
@@ -278,7 +279,8 @@ def maml(
             _warn_of_infinite_curvature(optimizer, params)
             through = jax.value_and_grad(after_adaptation, has_aux=True)
             (_, (value, seen, state, aux)), grads = through(params, task, of_task)
-            return closed(grads, state, shared, has_state), _task_info(value, seen, grads, aux)
+            info = _task_info(value, seen, grads, aux)
+            return closed(grads, info, state, shared, has_state)
 
         return meta_gradient
 
@@ -357,7 +359,7 @@ def reptile(
             value, (_, aux) = objective(adapted, task.query, *state_and_key)
             grads = jax.tree.map(jnp.subtract, params, adapted)
             info = _task_info(value, seen, grads, aux)
-            return closed(grads, end.state, shared, has_state), info
+            return closed(grads, info, end.state, shared, has_state)
 
         return meta_gradient
 
@@ -374,11 +376,20 @@ def opened(shared: Any, task: Any, has_state: bool) -> tuple[Params, dict[str, A
     return shared.params, {"has_state": True, "state": shared.state, "key": key}
 
 
-def closed(grads: Params, state: Any, shared: Any, has_state: bool) -> Any:
+def closed(
+    grads: Params, info: TaskInfo, state: Any, shared: Any, has_state: bool
+) -> tuple[Any, TaskInfo]:
     """The gradients, beside them the way back from the last state to the shared one."""
     if not has_state:
-        return grads
-    return WithState(grads, jax.tree.map(jnp.subtract, shared.state, state))
+        return grads, info
+    back = jax.tree.map(jnp.subtract, shared.state, state)
+    return WithState(grads, back), finite_with(info, back)
+
+
+def finite_with(info: TaskInfo, grads: Any) -> TaskInfo:
+    """Of a task that is finite if it was, and these gradients are too."""
+    finite = jnp.stack([info.finite, *map(_all_finite, jax.tree.leaves(grads))]).all()
+    return info._replace(finite=finite)
 
 
 # Longer loops are not unrolled: compile time grows with them, and nothing else is gained.
@@ -424,8 +435,7 @@ def _last(stacked: Any) -> Any:
 
 
 def _task_info(value: jax.Array, inner: AdaptInfo, grads: Params, aux: Any) -> TaskInfo:
-    finite = jnp.stack([jnp.isfinite(value), *map(_all_finite, jax.tree.leaves(grads))]).all()
-    return TaskInfo(value, inner.losses, finite, aux)
+    return finite_with(TaskInfo(value, inner.losses, jnp.isfinite(value), aux), grads)
 
 
 def _all_finite(x: jax.Array) -> jax.Array:

@@ -80,6 +80,7 @@ def over_tasks(
         A function `(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`.
 
     Raises:
+        TypeError: for a `meta_gradient` that is no function, or returns something else.
         ValueError: for leaves that do not lead with the same number of tasks, no tasks,
             `tasks_at_once` below 1, an unknown `on_nonfinite`, tasks that do not divide among the
             devices of the mesh, both a mesh and an axis name.
@@ -100,6 +101,7 @@ def over_tasks(
     if tasks_at_once not in ("auto", None):
         refusals.check_at_least("tasks_at_once", tasks_at_once, 1)
     refusals.check_choice("on_nonfinite", on_nonfinite, ("skip", "propagate"))
+    refusals.check_function("meta_gradient", meta_gradient, "(params, task) -> (grads, TaskInfo)")
 
     if mesh is not None and axis_name is not None:
         raise ValueError(
@@ -119,7 +121,7 @@ def over_tasks(
             return jax.tree.map(jnp.add, total, sums), info
 
         def one_task(task):
-            grads, info = meta_gradient(params, task)
+            grads, info = refusals.checked_meta_gradient(meta_gradient(params, task))
             if task_weight is None:
                 return grads, info, jnp.ones((), jnp.float32)
             weight = jnp.asarray(task_weight(task), jnp.float32)

@@ -18,7 +18,7 @@ from fomaml_jax.datasets import GroupSplits, ImageClasses, Splits, Table
 from fomaml_jax.devices import every_device
 from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on
 from fomaml_jax.heads import HEAD, fresh_head
-from fomaml_jax.learned_rates import WithRates, learned_rates
+from fomaml_jax.learned_rates import learned_rates
 from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.precision import compute_in
@@ -32,7 +32,7 @@ from fomaml_jax.tasks import (
     sinusoid,
 )
 from fomaml_jax.trainable import Trainable
-from fomaml_jax.types import Batch, LossFn, MetaGradient, Params, Task
+from fomaml_jax.types import Batch, LossFn, MetaGradient, Params, Task, WithRates
 from fomaml_jax.variants import in_every_form, preferring
 
 RATES_RATE = 1e-2

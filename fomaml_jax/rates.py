@@ -63,6 +63,10 @@ def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTr
         An optax transformation: `sgd` by itself, Adam with learned rates behind
         `optax.scale_by_adam()`.
 
+    Raises:
+        ValueError: when it is used, for rates of another structure, or of a shape that is neither
+            `[]` nor that of the tensor, behind `[num_steps]` with `per_step`.
+
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
         >>> momentum = optax.chain(optax.trace(0.9), fj.rates.scale_by_rates(jnp.array(0.5)))
@@ -77,6 +81,7 @@ def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTr
 
     def update(updates, state, params=None):
         del params
+        refusals.check_inner_rates(rates, updates, per_step)
 
         def scaled(update, rate):
             if update is None:  # a leaf that is not adapted

@@ -10,7 +10,16 @@ import optax
 from jax.core import Tracer
 from jax.extend import core as jex_core
 
-from fomaml_jax.types import Batch, ClosedJaxpr, LossFn, Objective, Params, TaskInfo
+from fomaml_jax.types import (
+    Batch,
+    ClosedJaxpr,
+    LossFn,
+    Objective,
+    Params,
+    TaskInfo,
+    WithRates,
+    WithState,
+)
 
 
 def check_params(params: Params) -> None:
@@ -29,6 +38,49 @@ def check_params(params: Params) -> None:
             raise TypeError(
                 f"{where} has dtype {leaf.dtype}, not a real floating-point one; pass "
                 "floating-point parameters and keep the rest in the batch or in a closure"
+            )
+
+
+def check_bare(params: Params) -> None:
+    """Refuses parameters with something beside them, where they are to be adapted by themselves."""
+    if isinstance(params, WithState):
+        raise TypeError(
+            "the parameters are a fomaml_jax.WithState: pass has_state=True, and to adapt its "
+            "params and state apart"
+        )
+    if isinstance(params, WithRates):
+        raise TypeError(
+            "the parameters are a fomaml_jax.WithRates, which learned_rates and meta_sgd take: "
+            "pass its params, and as inner optimizer what is made from its rates, such as "
+            "fomaml_jax.rates.scale_by_rates(rates)"
+        )
+
+
+def check_inner_rates(rates: Any, updates: Any, per_step: bool) -> None:
+    """Refuses rates that are neither one for a tensor nor one for each of its elements."""
+    hint = "fomaml_jax.rates.like(params, rate) makes rates that fit"
+
+    def flat(tree):
+        return jax.tree.flatten_with_path(tree, is_leaf=lambda x: x is None)
+
+    (leaves, structure), (given, found) = flat(updates), flat(rates)
+    if structure != found:
+        raise ValueError(
+            f"rates must have the structure of params, {structure}, got {found}; {hint}"
+        )
+    for (path, update), (_, rate) in zip(leaves, given, strict=True):
+        if update is None or rate is None:  # not adapted
+            continue
+        where, shape = f"rates{jax.tree_util.keystr(path)}", np.shape(rate)
+        if per_step and not shape:
+            raise ValueError(
+                f"{where} is a scalar, but with per_step rates lead with the step; {hint}"
+            )
+        of_one = shape[1:] if per_step else shape
+        if of_one not in ((), np.shape(update)):
+            behind = "behind the steps" if per_step else "(per_step=True where steps lead)"
+            raise ValueError(
+                f"{where} has shape {shape}, expected () or {np.shape(update)} {behind}; {hint}"
             )
 
 
@@ -164,7 +216,8 @@ def check_task_axis(tasks: Any) -> int:
         if other != size:
             raise ValueError(
                 f"{name} leads with {other[0]} tasks but {first} with {size[0]}; "
-                "every leaf must lead with the same number of tasks"
+                "every leaf must lead with the same number of tasks, as those of "
+                "jax.vmap(sample_task)(keys) do"
             )
     if size == (0,):
         raise ValueError(f"{first} has 0 tasks; pass at least one")
@@ -222,6 +275,16 @@ def check_like_params(name: str, out: Any, params: Params) -> None:
             f"{name} must have the structure, shapes and dtypes that it was given; got "
             f"{jax.tree.map(jax.typeof, out)} for {jax.tree.map(jax.typeof, params)}"
         )
+
+
+def checked_meta_gradient(out: Any) -> tuple[Params, TaskInfo]:
+    """What a meta-gradient returned, refusing all but gradients and a `TaskInfo`."""
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], TaskInfo)):
+        raise TypeError(
+            "meta_gradient must return (grads, fomaml_jax.TaskInfo), as fomaml(loss_fn, optimizer, "
+            f"num_steps) does, got {_describe(out)}"
+        )
+    return out
 
 
 def check_over_tasks(info: TaskInfo) -> None:

@@ -1,11 +1,13 @@
 """What changes over the outer steps: the weights of inner steps, the order of the gradient."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from fomaml_jax import refusals
+from fomaml_jax.parallel import OverTasks
 from fomaml_jax.types import MetaGradient
 
 
@@ -78,9 +80,16 @@ def first_then_second_order(
     refusals.check_at_least("num_first_order", num_first_order, 0)
 
     def at(step: jax.Array) -> MetaGradient:
-        def meta_gradient(params, tasks):
-            return jax.lax.cond(step < num_first_order, first, second, params, tasks)
+        def chosen(first, second):
+            return lambda *args: jax.lax.cond(step < num_first_order, first, second, *args)
 
-        return meta_gradient
+        if not isinstance(first, OverTasks) or not isinstance(second, OverTasks):
+            return chosen(first, second)
+        both = first.seeing, second.seeing
+
+        def seeing(params, tasks, see):
+            return chosen(*(lambda *args, of=of: of(*args, see) for of in both))(params, tasks)
+
+        return OverTasks(seeing, math.lcm(first.devices, second.devices))
 
     return at

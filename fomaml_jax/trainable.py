@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from fomaml_jax import refusals
 from fomaml_jax.types import Params
@@ -37,7 +38,9 @@ def merge(adapted: Params, frozen: Params) -> Params:
 
 
 def _mask(trainable: Trainable, params: Params) -> Any:
-    if callable(trainable):
+    # Equinox's masks are modules, of booleans, that can be called too.
+    is_mask = all(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(trainable))
+    if callable(trainable) and not is_mask:
         mask = jax.tree.map_with_path(
             lambda path, _: trainable(jax.tree_util.keystr(path, simple=True, separator="/")),
             params,

@@ -54,6 +54,18 @@ class WithState(NamedTuple):
     state: Any
 
 
+class WithRates(NamedTuple):
+    """What is meta-learned: the parameters that every task starts from, and the inner rates.
+
+    Attributes:
+        params: the shared parameters.
+        rates: any pytree of floating-point arrays that an inner optimizer is made from.
+    """
+
+    params: Params
+    rates: Any
+
+
 class PerStep(NamedTuple):
     """State of which every inner step has its own, such as the running statistics of MAML++.
 
@@ -102,7 +114,8 @@ class TaskInfo(NamedTuple):
     Attributes:
         query_loss: `[]`, the query loss at the adapted parameters.
         support_losses: `[num_steps]`, as `AdaptInfo.losses`.
-        finite: `[]` bool, whether the query loss and every element of the meta-gradient are finite.
+        finite: `[]` bool, whether the query loss and every element of the meta-gradient are finite,
+            those for a state or for learned rates included.
         aux: the loss function's aux output on the query batch; `None` without `has_aux`.
     """
 

@@ -96,9 +96,57 @@ def test_the_report_tells_how_rates_moved():
     assert lines[2].split() == ["head/kernel", "0.1", "0.1", "-0.1", "0.3", "2", "of", "4"]
 
 
+def test_a_gradient_of_rates_that_is_not_finite_leaves_its_task_out():
+    """The rates' is a product of two gradients, each of which is still finite."""
+    loss = lambda params, batch: batch * params
+    slopes = jnp.array([1.0, 1e25])
+    start = fj.WithRates(jnp.zeros(()), jnp.float32(1e-30))
+    grads, info = fj.over_tasks(fj.meta_sgd(loss, 1))(start, fj.Task(slopes, slopes))
+    assert info.finite.tolist() == [True, False]
+    assert_close((grads.params, grads.rates), (jnp.float32(1.0), jnp.float32(-1.0)))
+
+
+def of_rates(make, **options):
+    """Uses rates for the parameters `[3]` and `[3, 3]` for a step."""
+
+    def call(p, t):
+        params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((3, 3))}
+        loss = lambda params, batch: jnp.sum(batch @ params["kernel"] + params["bias"])
+        optimizer = fj.rates.scale_by_rates(make(params), **options)
+        return fj.adapt(loss, params, jnp.ones((2, 3)), optimizer, 1)
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (
+            of_rates(lambda p: fj.rates.like(p, 0.1, num_steps=3)),
+            ValueError,
+            r"rates\['kernel'\] has shape \(3,\), expected \(\) or \(3, 3\) \(per_step=True where",
+        ),
+        (
+            of_rates(lambda p: fj.rates.like(p, 0.1), per_step=True),
+            ValueError,
+            r"rates\['bias'\] is a scalar, but with per_step rates lead with the step",
+        ),
+        (of_rates(lambda p: 0.1), ValueError, "rates must have the structure of params"),
+        (
+            lambda p, t: fj.adapt(network, fj.WithRates(p, 0.1), t.support, optax.sgd(0.1), 1),
+            TypeError,
+            "the parameters are a fomaml_jax.WithRates",
+        ),
+        (
+            lambda p, t: fj.fomaml(network, optax.sgd(0.1), 1)(fj.WithState(p, None), t),
+            TypeError,
+            "the parameters are a fomaml_jax.WithState: pass has_state=True",
+        ),
+        (
+            lambda p, t: fj.learned_rates(network, None, 1),
+            TypeError,
+            "make_optimizer must be",
+        ),
         (lambda p, t: fj.meta_sgd(network, 2)(p, t), TypeError, "WithRates"),
         (lambda p, t: fj.meta_sgd(network, jnp.array(2)), TypeError, "Python int"),
         (lambda p, t: fj.rates.like(p, 0.1, per="layer"), ValueError, "per must be one of"),

@@ -156,6 +156,25 @@ def test_the_outer_step_knows_the_losses_of_all_devices():
     assert int(found[1]) == 4
 
 
+def test_annealed_orders_know_the_losses_of_all_devices_inside_of_a_shard_map():
+    params, tasks = network_problem(4)
+    mesh = jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))
+    algorithms = [f(network, optax.sgd(0.1), 1) for f in (fj.fomaml, fj.maml)]
+
+    def loss(**axes):
+        at = fj.schedules.first_then_second_order(
+            *(fj.over_tasks(algorithm, **axes) for algorithm in algorithms), 1
+        )
+        learner = fj.scheduled_learner(at, optax.sgd(0.1))
+        return lambda state, tasks: learner.step(state, tasks)[1].loss
+
+    start = fj.meta_learner(fj.over_tasks(algorithms[0]), optax.sgd(0.1)).init(params)
+    mapped = jax.shard_map(
+        loss(axis_name="tasks"), mesh=mesh, in_specs=(jax.P(), jax.P("tasks")), out_specs=jax.P()
+    )
+    assert_close(jax.jit(mapped)(start, tasks), loss()(start, tasks), 1e-6)
+
+
 def test_a_users_own_algorithm_inside_of_a_shard_map():
     def own(params, task):
         loss, grads = jax.value_and_grad(network)(params, task.query)

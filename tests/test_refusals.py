@@ -195,6 +195,21 @@ REFUSED = {
         TypeError,
         "images must be one array .* of numbers, got PRNGKeyArray",
     ),
+    "a meta-gradient that is none": (
+        lambda: fj.over_tasks(None),
+        TypeError,
+        r"meta_gradient must be a function \(params, task\) -> \(grads, TaskInfo\), got None",
+    ),
+    "a meta-gradient that returns a dict": (
+        lambda: fj.over_tasks(lambda params, task: (params, {"loss": 0}))(PARAMS, TASKS),
+        TypeError,
+        r"meta_gradient must return \(grads, fomaml_jax.TaskInfo\), as fomaml",
+    ),
+    "a task that is no meta-batch": (
+        lambda: over_tasks(fj.Task(TASK.support, cut(TASK.query, 1))),
+        ValueError,
+        r"every leaf must lead with the same number of tasks, as those of jax.vmap\(sample_task\)",
+    ),
     "words for pictures": (
         lambda: episodes(np.full((4, 5, 2), "word")),
         TypeError,

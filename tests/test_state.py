@@ -123,6 +123,50 @@ def test_learned_rates_with_state():
     assert_close(grads.params.state, -STEPS * task.support[0].sum() - task.query[0].sum(), 1e-5)
 
 
+@algorithms
+def test_a_state_that_is_not_finite_leaves_its_task_out(name):
+    def diverging(params, batch, state, key):
+        return network(params, batch), (
+            state + jnp.where(batch[1].max() == 7.0, jnp.nan, 1.0),
+            None,
+        )
+
+    shared, tasks = problem(num_tasks=2)
+    tasks = tasks._replace(support=(tasks.support[0], tasks.support[1].at[1].set(7.0)))
+    algorithm = ALGORITHMS[name](diverging, optax.sgd(0.01), 1, has_state=True)
+    grads, info = fj.over_tasks(algorithm)(shared, tasks)
+    assert info.finite.tolist() == [True, False]
+    assert jnp.isfinite(grads.state)
+
+
+def test_with_state_takes_rates_too_and_tells_them_apart():
+    """With, around and inside of `optax.partition`."""
+    shared, tasks = problem(num_tasks=2)
+    start = fj.WithRates(shared, fj.rates.like(shared.params, 0.1))
+    meta_gradient = fj.over_tasks(fj.meta_sgd(counting, STEPS, has_state=True))
+    (grads, _), both = meta_gradient(start, tasks), fj.WithRates("network", "rates")
+
+    def stepped(outer):
+        learner = fj.meta_learner(meta_gradient, outer)
+        return learner.step(learner.init(start), tasks)[0].params
+
+    apart = {"network": optax.sgd(0.1), "rates": optax.sgd(0.01)}
+    for outer in (
+        fj.with_state(optax.partition(apart, both)),
+        optax.partition(apart | {"network": fj.with_state(optax.sgd(0.1))}, both),
+    ):
+        found = stepped(outer)
+        assert_close(found.params.state, shared.state - grads.params.state, 1e-6)
+        for rate, after, before, grad in (
+            (0.1, found.params.params, shared.params, grads.params.params),
+            (0.01, found.rates, start.rates, grads.rates),
+        ):
+            expected = jax.tree.map(lambda p, g, rate=rate: p - rate * g, before, grad)
+            assert_close(after, expected, 1e-6)
+    with pytest.raises(TypeError, match="must be a fomaml_jax\\.WithState"):
+        fj.with_state(optax.sgd(0.1)).init(shared.params)
+
+
 def test_every_step_and_every_task_has_a_key_of_its_own():
     shared, tasks = problem(num_tasks=3)
 

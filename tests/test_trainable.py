@@ -114,6 +114,17 @@ def test_a_frozen_body_is_run_once_on_the_support_set(jitted):
     assert cost(trainable=lambda path: "head" in path) < 0.25 * cost()
 
 
+def test_a_mask_that_can_be_called_is_a_mask():
+    """As those of Equinox, whose modules are functions."""
+    import equinox as eqx
+
+    net = eqx.nn.Linear(2, 1, key=jax.random.key(0))
+    mask = eqx.tree_at(lambda net: net.bias, jax.tree.map(lambda _: False, net), True)
+    loss = lambda net, batch: jnp.sum(jax.vmap(net)(batch))
+    adapted, _ = fj.adapt(loss, net, jnp.ones((3, 2)), optax.sgd(0.5), 1, trainable=mask)
+    assert_close((adapted.weight, adapted.bias), (net.weight, net.bias - 1.5))
+
+
 @pytest.mark.parametrize(
     ("trainable", "error", "message"),
     [
