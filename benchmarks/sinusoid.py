@@ -5,11 +5,11 @@ for all, every seed in one program (`jax.vmap` of training). Inner rates are 0.0
 an element and step (Meta-SGD for every step), by their logarithms, with the query losses after all
 five steps in the gradient, and for as many more steps as wanted at the rates of the last. Inner
 gradients are clipped to norm 10, without which some tasks diverge. Joint pre-training sees all
-points of as many
-tasks. For unseen tasks each algorithm's inner rates are multiplied by one of 0.1, 0.3, 1 and 3,
-which is chosen on validation tasks by the error after five steps. An interval is that of the mean
-over the tasks of all seeds, the extremes of the seeds are in brackets. MAML's published figures are
-those of its paper's table, https://arxiv.org/abs/1703.03400.
+points of as many tasks. For unseen tasks each algorithm's inner rates are multiplied by one of 0.1,
+0.3, 1 and 3, which is chosen on validation tasks by the error after five steps. An interval is that
+of the mean over the tasks of all seeds, the extremes of the seeds are in brackets. Seconds are of a
+machine with other work. MAML's published figures are those of its paper's table,
+https://arxiv.org/abs/1703.03400.
 """
 
 import argparse

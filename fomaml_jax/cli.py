@@ -31,7 +31,8 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
              far from its training it is of use, and where adaptation adds nothing, in a folder
   report     draws runs, side by side, into one page that needs no other file, and PNG pictures
   adapt      adapts a trained run, or pretrained:omniglot, to your own classes from one picture of
-             each or a few, one folder a class, and recognises them, or none of them, in others
+             each or a few, one folder a class, and recognises them, or none of them, in others;
+             pretrained:omniglot knows drawings and symbols on a plain ground, not photographs
   predict    does so again with what adapt --save has kept
 
 `fomaml-jax train DATA --help`, `fomaml-jax evaluate --help` and so on list every option.

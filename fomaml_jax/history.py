@@ -67,8 +67,8 @@ class History:
         kept = jax.tree.map(jnp.copy, self.carry)
         return dataclasses.replace(self, carry=kept, metrics=list(self.metrics))
 
-    def report(self, tasks_per_step: int) -> dict[str, Any]:
-        """Adds a row on the steps since the last."""
+    def report(self, tasks_per_step: int, validation: float | None = None) -> dict[str, Any]:
+        """Adds a row on the steps since the last, with the parameters' score if they have one."""
         sums = {name: jax.device_get(getattr(self.carry, name)) for name in SUMS}
         count, left_out = int(sums["counted"]), int(sums["left_out"])
         row = {"step": self.step, "tasks": self.step * tasks_per_step}
@@ -79,14 +79,15 @@ class History:
             row |= {"support_loss_last": last / with_support}
         row |= {"grad_norm": float(sums["grad_norm"]) / count if count else math.nan}
         row |= {"left_out": left_out}
+        if validation is not None:
+            row |= {"validation": validation}
         self.left_out += left_out
         self.last_report = self.step
         self.metrics.append(row)
         return row
 
     def score(self, score: float, lower_is_better: bool) -> None:
-        """Adds the score of the parameters to the last row, and keeps the best ones."""
-        self.metrics[-1]["validation"] = score
+        """Keeps the parameters if theirs is the best score."""
         sign = -1 if lower_is_better else 1
         if not math.isnan(score) and (
             self.best_score is None or sign * score > sign * self.best_score

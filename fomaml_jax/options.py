@@ -438,16 +438,22 @@ def from_json(config: dict[str, Any]) -> Options:
         if not _fits(value, expected[name]):
             raise ValueError(f"the configuration has {json.dumps(value)} for {name}")
     paths: dict[str, Any] = {
-        n: Path(config[n]) for n in ("path", "file", "out", "compilation_cache") if config.get(n)
+        n: Path(x) for n, x in config.items() if x and Path in _alternatives(expected[n])
     }
     several: dict[str, Any] = {n: tuple(x) for n, x in config.items() if isinstance(x, list)}
     return kind(**(config | paths | several))
 
 
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """The types that a union is of, or the one."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Whether plain JSON can be an option of that type."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(kind))
+    if len(several := _alternatives(kind)) > 1:
+        return any(_fits(value, one) for one in several)
     if isinstance(value, bool) or kind is bool:
         return kind is bool and isinstance(value, bool)
     if typing.get_origin(kind) is Literal:

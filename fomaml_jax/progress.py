@@ -60,13 +60,18 @@ def _bar(name: str, total: int | None, unit: str, done: int) -> Iterator[Progres
 def _lines(name: str, total: int | None, unit: str, done: int) -> Iterator[Progress]:
     first, started, last_said = done, time.monotonic(), time.monotonic()
     latest: tuple[int, str] | None = None
+    lines = 0
 
     def say(done: int, note: str) -> None:
+        nonlocal lines
+        lines += 1
         seconds = time.monotonic() - started
         speed = (done - first) / max(seconds, 1e-9)
         share = f" {done / total:4.0%}" if total else ""
         of_all = f" of {total}" if total else ""
-        left = f", {_clock((total - done) / speed)} left" if total and speed else ""
+        left = ""
+        if total and speed and lines > 1:  # at the first line most of the time was compilation
+            left = f", {_clock((total - done) / speed)} left"
         pace = f"{_clock(seconds)}{left}, {speed:.3g} {unit}/s"
         with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
             sys.stderr.write(f"{name}{share}: {done}{of_all} {unit} in {pace}, {note}\n")

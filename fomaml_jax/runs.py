@@ -64,6 +64,11 @@ def check_new(folder: Path, *, overwrite: bool = False) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
+    if (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds a run; go on with --resume {folder}, replace it with --overwrite, or "
+            "pass another --out"
+        )
     if folder.is_dir() and any(not _left_over(path) for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; pass --out with a folder, new or empty")
 

@@ -281,11 +281,12 @@ class _Loop:
 
     def report(self) -> bool:
         """Writes a row of metrics, with a score where one is due; whether that ends the run."""
-        history = self.history
-        row = history.report(self.tasks_per_step)
+        history, score = self.history, None
         if self.validate is not None and self.agenda.scores(history.step):
             mine = float(jax.device_get(self.validate(history.params)))
-            history.score(processes.greatest([mine])[0], self.lower_is_better)
+            (score,) = processes.greatest([mine])
+            history.score(score, self.lower_is_better)
+        row = history.report(self.tasks_per_step, score)
         self.keeper.append(row)
         return bool(self.on_report and self.on_report(dict(row), history.copied().params))
 

@@ -47,6 +47,8 @@ class Case(NamedTuple):
     reference: Callable[[Any, fj.Task], Any]
     shared: Callable[[fj.Params], Any] = lambda params: params
     adapted: Callable[[str], bool] = everywhere
+    rate: Callable[[Any, int, str], Any] = lambda shared, step, name: RATE
+    start: Callable[[Any, Any], Any] = lambda shared, support: getattr(shared, "params", shared)
 
 
 def by_hand(
@@ -68,6 +70,27 @@ def by_hand(
         }
         total += weights[k] * loss(params, task.query)
     return total
+
+
+def losses_by_hand(case, shared, task):
+    """The support loss before every step, and the query loss after the last."""
+    params, of_support = case.start(shared, task.support), []
+    for k in range(STEPS):
+        value, grads = jax.value_and_grad(network)(params, task.support)
+        of_support.append(value)
+        params = {
+            name: p - case.rate(shared, k, name) * grads[name] if case.adapted(name) else p
+            for name, p in params.items()
+        }
+    return jnp.stack(of_support), network(params, task.query)
+
+
+def learned(shared, step, name):
+    return shared.rates[name]
+
+
+def learned_for_the_step(shared, step, name):
+    return shared.rates[name][step]
 
 
 def gradient(**options):
@@ -160,15 +183,22 @@ CASES = {
         adapted=in_head,
     ),
     "a rate for every tensor": Case(
-        lambda loss, **o: fj.meta_sgd(loss, STEPS, **o), rates_by_hand(), with_rates()
+        lambda loss, **o: fj.meta_sgd(loss, STEPS, **o),
+        rates_by_hand(),
+        with_rates(),
+        rate=learned,
     ),
     "Meta-SGD": Case(
-        lambda loss, **o: fj.meta_sgd(loss, STEPS, **o), rates_by_hand(), with_rates(per="element")
+        lambda loss, **o: fj.meta_sgd(loss, STEPS, **o),
+        rates_by_hand(),
+        with_rates(per="element"),
+        rate=learned,
     ),
     "LSLR": Case(
         lambda loss, **o: fj.meta_sgd(loss, STEPS, per_step=True, **o),
         rates_by_hand(per_step=True),
         with_rates(num_steps=STEPS),
+        rate=learned_for_the_step,
     ),
     "multi-step LSLR": Case(
         lambda loss, **o: fj.meta_sgd(
@@ -176,16 +206,19 @@ CASES = {
         ),
         rates_by_hand(per_step=True, weights=WEIGHTS),
         with_rates(num_steps=STEPS),
+        rate=learned_for_the_step,
     ),
     "Meta-SGD of the head": Case(
         lambda loss, **o: fj.meta_sgd(loss, STEPS, trainable=in_head, **o),
         rates_by_hand(adapted=in_head),
         with_rates(per="element"),
         adapted=in_head,
+        rate=learned,
     ),
     "FOMAML from a fresh head": Case(
         lambda loss, **o: fj.starting_from(fresh_head, fj.fomaml(loss, sgd, STEPS, **o)),
         jax.grad(from_fresh_head),
+        start=fresh_head,
     ),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -198,8 +231,19 @@ def test_agrees_with_the_loop_by_hand(case):
     shared, task = case.shared(params), one(tasks)
     grads, info = case.make(network)(shared, task)
     assert_close(grads, case.reference(shared, task), 1e-12)
-    assert info.support_losses.shape == (STEPS,)
+    told = info.support_losses, info.query_loss
+    assert_close(told, losses_by_hand(case, shared, task), 1e-12)
     assert bool(info.finite)
+
+
+@cases
+def test_a_task_that_is_not_finite_is_told_and_left_out(case):
+    params, tasks = network_problem(3)
+    shared, over_tasks = case.shared(params), fj.over_tasks(case.make(network))
+    grads, info = over_tasks(shared, jax.tree.map(lambda x: x.at[1].set(jnp.nan), tasks))
+    assert info.finite.tolist() == [True, False, True]
+    expected, _ = over_tasks(shared, jax.tree.map(lambda x: x[::2], tasks))
+    assert_close(grads, expected, 1e-5)
 
 
 @cases

@@ -22,11 +22,11 @@ def run(*words, **kwargs):
 
 def test_the_readmes_python_runs_and_adapts():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 18
+    assert len(code.splitlines()) <= 19
     done = run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
-    before, after = map(float, re.findall(r"(?:before|after): ([\d.]+)", done.stdout))
-    assert after < before
+    error, interval = map(float, done.stdout.split(" ± "))
+    assert error + interval < 2.0  # 4.2 for the mean of all waves, which knows no task
 
 
 def test_the_readmes_commands_are_the_packages():

@@ -30,7 +30,8 @@ class Adapt(Recognise):
     """Adapts a trained network to your own classes, and recognises them in other pictures."""
 
     run: Positional[Path]
-    """The folder that training wrote, or pretrained:omniglot."""
+    """The folder that training wrote, or pretrained:omniglot, which knows drawings and symbols on a
+    plain ground, not photographs."""
     support: Path
     """Folder with one folder a class, each with one picture or more."""
     query: Path | None = None
@@ -57,7 +58,8 @@ def main(words: list[str]) -> None:
         print(_shown(support, background))
         if asked.save is not None:
             save_adapted(adapted, asked.save)
-            print(f"The adapted classifier is in {asked.save}: fomaml-jax predict {asked.save}")
+            print(f"The adapted classifier is in {asked.save}; to use it:")
+            print(f"fomaml-jax predict {asked.save} --query FOLDER")
         if query is not None and asked.query is not None:
             recognise(adapted, query, asked.query, asked, folder)
 

@@ -31,6 +31,7 @@ def judged(adapted: AdaptedClassifier, rows: list[dict[str, Any]]) -> dict[str, 
         "accuracy": right / len(known) if known else None,
         "known": len(known),
         "known_right": right,
+        "known_predicted": sum(row["prediction"] == row["folder"] for row in known),
         "known_taken_for_none": sum(row["prediction"] == NONE for row in known),
         "strangers": len(strangers),
         "strangers_recognised": sum(row["prediction"] == NONE for row in strangers),
@@ -98,7 +99,8 @@ def _accuracy_in_words(found: dict[str, Any]) -> list[str]:
     if found["known"]:
         lines.append(
             f"accuracy {100 * found['accuracy']:.1f} %: {found['known_right']} of {found['known']} "
-            f'by the nearest class; "{NONE}" was said of {found["known_taken_for_none"]} of them'
+            f"by the nearest class, {found['known_predicted']} of them as predicted, as "
+            f'"{NONE}" was said of {found["known_taken_for_none"]} of {found["known"]}'
         )
     if found["strangers"]:
         lines.append(

@@ -13,6 +13,9 @@ STATISTICS = {
     ONE_AT_A_TIME: "each query normalised beside the support set alone",
 }
 
+FEW = 15
+"""With fewer tasks the normal distribution's interval is too narrow by a tenth and more."""
+
 
 def table(result: dict[str, Any]) -> str:
     """The result as lines for people: each step of adaptation, then the baselines."""
@@ -30,7 +33,10 @@ def table(result: dict[str, Any]) -> str:
 
     normalised = f", {STATISTICS[result['statistics']]}" if result["statistics"] else ""
     head = f"{result['metric']} on {result['num_tasks']} unseen tasks{normalised}"
-    return "\n".join(["", head, "", *(line(*item) for item in rows.items())])
+    foot = "± is a 95 % interval over tasks"
+    if result["num_tasks"] < FEW:
+        foot += f", too narrow for so few as {result['num_tasks']}, of which little can be said"
+    return "\n".join(["", head, "", *(line(*item) for item in rows.items()), "", foot])
 
 
 def read_table(run: Path, result: dict[str, Any]) -> str:

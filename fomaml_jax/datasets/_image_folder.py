@@ -110,11 +110,6 @@ def image_folder(
     return Splits(*(classes.images for classes in found))
 
 
-def read_classes(files: Files, size: int, channels: int) -> ImageClasses:
-    """Reads the `files` of each class as `image_folder` does, filled up with zeros."""
-    return _read_classes(files, size, channels, skip=False).images
-
-
 class _Read(NamedTuple):
     """A split, the digest of every picture in it, and what was left out."""
 
