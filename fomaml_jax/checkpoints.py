@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -221,6 +222,20 @@ def _plain(leaf: Any) -> np.ndarray:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
+
+
+def check_possible() -> None:
+    """Refuses where what writes checkpoints is not installed.
+
+    Raises:
+        ImportError: saying how to get it.
+    """
+    try:
+        found = importlib.util.find_spec("orbax.checkpoint")
+    except ModuleNotFoundError:  # not even what it is a part of
+        found = None
+    if found is None:
+        raise ImportError('checkpoints need orbax: pip install "fomaml-jax[cli]"')
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fomaml_jax import outer_loop, processes, runs, signals
+from fomaml_jax import checkpoints, outer_loop, processes, runs, signals
 from fomaml_jax.agenda import Agenda, Over, agenda_of
 from fomaml_jax.history import History
 from fomaml_jax.keeper import Keeper, identity_of, made_by
@@ -148,6 +148,7 @@ def train(
         A `Trained`.
 
     Raises:
+        ImportError: for a folder without orbax, which writes the checkpoints.
         ValueError: for no budget, numbers below one, a folder with a run in it (without `resume`)
             or one that another process trains in, a checkpoint of another problem, key, meta-batch
             or `config`, or where all are damaged; where several processes were called differently.
@@ -194,6 +195,7 @@ def train(
     processes.check_alike(json.dumps([identity, dataclasses.asdict(agenda)], default=str))
     with contextlib.ExitStack() as stack:
         if keeper.folder is not None:
+            checkpoints.check_possible()
             with processes.first_goes_ahead():
                 stack.enter_context(runs.alone(keeper.folder))
                 keeper.take_up(history, resume)

@@ -33,7 +33,6 @@ from command_line import (
 from jax.experimental.compilation_cache import compilation_cache
 
 from fomaml_jax import cli, experiment, options, problems, runs
-from fomaml_jax.commands.tables import table
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -188,16 +187,6 @@ def test_the_table_of_sine_waves_is_the_result(sinusoid):
         for name, row in zip(names, sinusoid.result["per_step"], strict=True)
     ]
     assert sinusoid.out.splitlines()[1] == "mean squared error on 4 unseen tasks"
-
-
-@pytest.mark.parametrize(
-    ("mean", "ci95", "said"),
-    [(12.3456, 0.5, "12.346 ± 0.500"), (2.36e-4, 3e-6, "0.000236 ± 0.000003"), (0, 0, "0.000")],
-)
-def test_small_errors_are_told_in_three_digits(mean, ci95, said):
-    rows = [{"inner_steps": 1, "mean": mean, "ci95": ci95}]
-    rest = {"num_tasks": 2, "statistics": None, "otherwise": {}}
-    assert said in table({"metric": "mean squared error", "per_step": rows} | rest)
 
 
 # Again.

@@ -113,6 +113,9 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, sinusoid):
     folder = shutil.copytree(sinusoid.folder, tmp_path / "run")
     (folder / "notes.txt").touch()
     words = ("train", "sinusoid", *TINY, "--eval-steps", "2", "--overwrite", "--out")
+    refused = call("train", "sinusoid", *TINY, "--out", folder)
+    assert refused.code == 2
+    assert f"holds a run; go on with --resume {folder}, replace it with --overw" in refused.err
     assert call(*words, folder).code == 0
     assert {path.name for path in folder.iterdir()} == FILES | {"adaptation.png", "notes.txt"}
     (tmp_path / "mine").mkdir()

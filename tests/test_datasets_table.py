@@ -177,7 +177,7 @@ REFUSED = {
     "an infinity": ([ROW, "1,2,3,inf"], {}, {}, "line 3: score is 'inf', expected a number"),
     "no date": (["1,Monday,3,4"], {}, {"features": ["dose"]}, "line 2: day is 'Monday', expected"),
     "a short row": ([ROW, "1,2,3"], {}, {}, "line 3: 3 cells, but the header has 4"),
-    "a quote without end": (['1,"2,3,4'], {}, {}, "is no CSV file in UTF-8"),
+    "a quote without end": (['1,"2,3,4'], {}, {}, "is no CSV file"),
     "an unknown remedy": ([ROW], {}, {"missing": "guess"}, "missing='guess' must be one of"),
     "no shots": ([ROW], {}, {"shots": 0}, "shots=0 must be a whole number of at least 1"),
     "too few groups": (visits(3), {}, {}, "has 3 groups of more than 3 usable rows, expected at"),
@@ -209,8 +209,15 @@ def test_a_file_that_is_none(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder, expected a CSV file"):
         read(tmp_path)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is no CSV file in UTF-8"):
+    with pytest.raises(ValueError, match=r"is no CSV file in UTF-8: .*; save it as CSV UTF-8"):
         read(tmp_path / "binary.csv")
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_other_separators_are_named(tmp_path, separator, name):
+    (tmp_path / "excel.csv").write_text(f"patient{separator}dose\n1{separator}2,5\n")
+    with pytest.raises(ValueError, match=f"has {name} between its columns, expected commas"):
+        read(tmp_path / "excel.csv")
 
 
 def test_other_values_are_another_digest(tmp_path):

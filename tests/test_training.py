@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 
 import jax
@@ -437,6 +438,15 @@ def test_numpy_integers_are_numbers_too(tmp_path):
     ]
     assert len(rows[0]) == 100
     assert rows[1] == rows[0]
+
+
+def test_without_orbax_a_folder_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax", None)
+    monkeypatch.delitem(sys.modules, "orbax.checkpoint", raising=False)
+    with pytest.raises(ImportError, match=r'need orbax: pip install "fomaml-jax\[cli\]"'):
+        train(folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train().stopped == "finished"
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

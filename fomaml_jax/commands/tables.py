@@ -27,16 +27,31 @@ def table(result: dict[str, Any]) -> str:
 
     def line(name: str, row: dict[str, float | None]) -> str:
         scale, digits, unit = (100, 2, " %") if percent else (1, decimals, "")
-        found = (row["mean"], row["ci95"])
-        mean, ci95 = (math.nan if x is None else scale * x for x in found)
-        return f"  {name:<34}{mean:7.{digits}f}{unit} ± {ci95:.{digits}f}"
+        mean, ci95 = _mean_and_ci95(row)
+        return f"  {name:<34}{scale * mean:7.{digits}f}{unit} ± {scale * ci95:.{digits}f}"
 
     normalised = f", {STATISTICS[result['statistics']]}" if result["statistics"] else ""
     head = f"{result['metric']} on {result['num_tasks']} unseen tasks{normalised}"
     foot = "± is a 95 % interval over tasks"
     if result["num_tasks"] < FEW:
         foot += f", too narrow for so few as {result['num_tasks']}, of which little can be said"
-    return "\n".join(["", head, "", *(line(*item) for item in rows.items()), "", foot])
+    lines = [head, "", *(line(*item) for item in rows.items()), "", foot, *_against_it(result)]
+    return "\n".join(["", *lines])
+
+
+def _against_it(result: dict[str, Any]) -> list[str]:
+    """What a reader should see first, if it is so: that something simpler is better."""
+    lower_is_better = result["metric"] != "accuracy"
+
+    def is_better(row: dict[str, float | None]) -> bool:
+        (theirs, their_ci95), (ours, our_ci95) = _mean_and_ci95(row), _mean_and_ci95(result)
+        return (ours - theirs if lower_is_better else theirs - ours) > their_ci95 + our_ci95
+
+    lines = []
+    if is_better(result["per_step"][0]):
+        lines.append("adaptation makes it worse here: lower --inner-rate, or train for longer")
+    better = [name for name, row in result.get("baselines", {}).items() if is_better(row)]
+    return lines + [f"better than this here: {', '.join(better)}"] * bool(better)
 
 
 def read_table(run: Path, result: dict[str, Any]) -> str:
@@ -45,6 +60,12 @@ def read_table(run: Path, result: dict[str, Any]) -> str:
         return table(result)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{run / runs.RESULT} is not what was written") from None
+
+
+def _mean_and_ci95(row: dict[str, float | None]) -> tuple[float, float]:
+    """NaN where there is none."""
+    mean, ci95 = (row[name] for name in ("mean", "ci95"))
+    return math.nan if mean is None else mean, math.nan if ci95 is None else ci95
 
 
 def _decimals(sizes: Iterable[float]) -> int:

@@ -14,15 +14,15 @@ Files = Mapping[str, Sequence[Path]]
 """The image files of each class."""
 
 
-def list_classes(folder: Path) -> Files:
+def list_classes(folder: Path, expected: str = EXPECTED) -> Files:
     """The image files of every class folder in `folder`, sorted by name."""
     folders = [entry for entry in visible(folder) if entry.is_dir()]
     if not folders:
-        raise FileNotFoundError(f"{folder} holds no class folders, expected {EXPECTED}")
-    return {class_folder.name: _image_files(class_folder) for class_folder in folders}
+        raise FileNotFoundError(f"{folder} holds no class folders, expected {expected}")
+    return {class_folder.name: _image_files(class_folder, expected) for class_folder in folders}
 
 
-def _image_files(class_folder: Path) -> list[Path]:
+def _image_files(class_folder: Path, expected: str) -> list[Path]:
     entries = visible(class_folder)
     if not entries:
         raise FileNotFoundError(f"{class_folder} is empty, expected the images of a class")
@@ -30,7 +30,7 @@ def _image_files(class_folder: Path) -> list[Path]:
         if entry.is_dir():
             raise ValueError(
                 f"{class_folder} holds the folder {entry.name} where images should be, expected"
-                f" {EXPECTED}"
+                f" {expected}"
             )
     return entries
 

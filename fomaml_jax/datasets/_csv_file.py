@@ -80,12 +80,20 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise FileNotFoundError(f"{path} does not exist, expected a CSV file") from None
     except IsADirectoryError:
         raise IsADirectoryError(f"{path} is a folder, expected a CSV file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8: {error}; save it as CSV UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
     if len(found) < 2:
         there = "nothing" if not found else "a header and no rows"
         raise ValueError(f"{path} holds {there}, expected a header and rows below it")
     (header, _), *rows = found
+    for separator, name in {";": "semicolons", "\t": "tabs"}.items():
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(
+                f"{path} has {name} between its columns, expected commas: save it as CSV with "
+                "commas, and with points in decimals"
+            )
     for row, line in rows:
         if len(row) != len(header):
             raise ValueError(

@@ -111,4 +111,4 @@ def _classes_in(folder: Path) -> dict[str, list[Path]]:
         raise ValueError(
             f"{folder} holds the file {stray.name} beside class folders, expected {_EXPECTED}"
         )
-    return {name: list(examples) for name, examples in list_classes(folder).items()}
+    return {name: list(examples) for name, examples in list_classes(folder, _EXPECTED).items()}
