@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fomaml_jax.outer_loop import SUMS, Carry
+from fomaml_jax.outer_steps import SUMS, Carry
 from fomaml_jax.types import Params
 
 

@@ -39,14 +39,14 @@ Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def task_keys(key: jax.Array, step: int | jax.Array, num_tasks: int) -> jax.Array:
-    """The keys of a meta-step, `[num_tasks]`: key `i` is a function of `(key, step, i)` alone.
+    """The keys of an outer step, `[num_tasks]`: key `i` is a function of `(key, step, i)` alone.
 
     However many tasks a step has, and wherever they run, its first tasks stay the same; so a
     resumed run needs no sampler state.
 
     Args:
         key: a PRNG key; not consumed, only folded.
-        step: the meta-step, at least 0; may be traced.
+        step: the outer step, at least 0; may be traced.
         num_tasks: how many keys.
 
     Example:

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fomaml_jax import checkpoints, outer_loop, processes, runs, signals
+from fomaml_jax import checkpoints, outer_steps, processes, runs, signals
 from fomaml_jax.agenda import Agenda, Over, agenda_of
 from fomaml_jax.history import History
 from fomaml_jax.keeper import Keeper, identity_of, made_by
 from fomaml_jax.learner import MetaLearner, MetaState
-from fomaml_jax.outer_loop import DIVERGED_STEPS, Carry
+from fomaml_jax.outer_steps import DIVERGED_STEPS, Carry
 from fomaml_jax.progress import Progress, progress
 from fomaml_jax.types import Params
 
@@ -188,7 +188,7 @@ def train(
         raise ValueError("there is nothing to resume without a folder; pass folder too")
     tasks_per_step = operator.index(tasks_per_step)
     with jax.transfer_guard_host_to_device("allow"):  # once, and meant
-        start = outer_loop.start(learner.init(params))
+        start = outer_steps.start(learner.init(params))
     history = History(start, scored=validate is not None)
     identity = identity_of(key, tasks_per_step, config)
     keeper = Keeper(None if folder is None else Path(folder), identity, made_by(mesh))
@@ -199,9 +199,9 @@ def train(
             with processes.first_goes_ahead():
                 stack.enter_context(runs.alone(keeper.folder))
                 keeper.take_up(history, resume)
-        history.carry = outer_loop.placed(history.carry, mesh)
+        history.carry = outer_steps.placed(history.carry, mesh)
         loop = _Loop(
-            outer_loop.compiled(learner, sample_task, key, tasks_per_step, max_left_out),
+            outer_steps.compiled(learner, sample_task, key, tasks_per_step, max_left_out),
             history,
             agenda,
             keeper,
@@ -279,7 +279,7 @@ class _Loop:
         if history.streak < history.step - self.latest.step:
             # What was there before is good: the tasks of the step after it were.
             self.good = self.latest
-        return outer_loop.next_stride(history.step - before, time.monotonic() - called)
+        return outer_steps.next_stride(history.step - before, time.monotonic() - called)
 
     def report(self) -> bool:
         """Writes a row of metrics, with a score where one is due; whether that ends the run."""

@@ -113,7 +113,7 @@ MUTATIONS = [
         "test_tasks.py test_training.py",
     ),
     Mutation(
-        "outer_loop.py",
+        "outer_steps.py",
         "jnp.where(reported, jnp.zeros_like(x), x)",
         "x",
         "test_training.py",
