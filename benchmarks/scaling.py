@@ -1,7 +1,6 @@
 """More devices and more tasks: what each costs, and how many devices a mean over tasks can use.
 
-An outer step draws its tasks, adapts on each, joins the gradients, and takes a step of Adam; a call
-takes several of few tasks, as `fj.train` does.
+An outer step draws its tasks, adapts on each, joins the gradients, and takes a step of Adam.
 
 Devices: the same step on one device, and on all. Each has a core to itself: the process of one
 device is pinned to one core, with one thread (on other devices than CPUs nothing is pinned). Weak
@@ -10,8 +9,7 @@ Efficiency is the time of one device over that of all, both measured in turn, ti
 done. "Apart" is what the machine allows: as many processes of one device as there are cores, at
 the same time, with nothing to say to each other.
 
-Tasks: the time of a task, and the temporary memory that XLA plans, as a step takes more tasks, on
-one device (of CPUs; else on all).
+Tasks: the time of a task, and the temporary memory that XLA plans, as a step takes more tasks.
 
 Model: up to how many devices at least 90% of the time is computation, from the measured time of a
 task on one core here, and the bytes of the gradient. The time of a task is what one more adds to a
@@ -151,7 +149,7 @@ def outer_steps(name: str, count: int, num_tasks: int):
     )
     learner = fj.meta_learner(sampled, optax.adam(OUTER_RATE))
     key = jax.random.key(0)
-    steps = max(1, 192 // num_tasks) if problem.tasks > 1 else 1  # a call has a cost of its own
+    steps = 3 if problem.tasks > 1 and num_tasks <= 64 else 1  # a call has a cost of its own
 
     def step(_, state):
         keys = fj.tasks.task_keys(key, state.step, num_tasks)
@@ -293,8 +291,8 @@ def devices(name: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def tasks(name: str, repeats: int, most: int) -> list[dict[str, Any]]:
-    """The time of a task, as a step takes more of them."""
-    count = 1 if on_cpu() else jax.device_count()
+    """The time of a task, as a step takes more of them, on all devices."""
+    count = len(every_core()) if on_cpu() else jax.device_count()
     least = max(8, count * PROBLEMS[name].tasks_at_once)
     numbers = [n for n in (least * 4**i for i in range(10)) if n < most] + [most]
     workers = {n: Worker(name, count, n, cores_of(0, count)) for n in numbers}
