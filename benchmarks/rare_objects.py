@@ -152,6 +152,7 @@ SLANTS_AND_WEIGHTS = {
     *("", "Bold", "Oblique", "BoldOblique", "Italic", "BoldItalic"),
     *("Bol", "BolIta"),
 }
+"""Of the faces, as their files name them; others are of symbols or for large print."""
 
 CLASSES: dict[str, Callable[[], ImageClasses]] = {
     CHARACTERS: characters,
