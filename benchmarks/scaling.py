@@ -1,15 +1,20 @@
 """More devices and more tasks: what each costs, and how many devices a mean over tasks can use.
 
-An outer step draws its tasks, adapts on each, joins the gradients, and takes a step of Adam.
+An outer step draws its tasks, adapts on each, joins the gradients, and takes a step of Adam; a call
+takes several of few tasks, as `fj.train` does.
 
 Devices: the same step on one device, and on all. Each has a core to itself: the process of one
 device is pinned to one core, with one thread (on other devices than CPUs nothing is pinned). Weak
 scaling gives a device the same tasks however many there are, strong scaling shares out as many.
 Efficiency is the time of one device over that of all, both measured in turn, times the work
 done. "Apart" is what the machine allows: as many processes of one device as there are cores, at
-the same time, with nothing to say to each other.
+the same time, with nothing to say to each other. "Beside" is what XLA allows: as many devices of
+one process, each with a step of its own, at the same time, with nothing to say to each other
+either. Between these two lies what the threads of XLA's executor lose, which serve all devices of
+a process; only what is below "beside" is due to taking one mean over all.
 
-Tasks: the time of a task, and the temporary memory that XLA plans, as a step takes more tasks.
+Tasks: the time of a task, and the temporary memory that XLA plans, as a step takes more tasks, on
+one device (of CPUs; else on all).
 
 Model: up to how many devices at least 90% of the time is computation, from the measured time of a
 task on one core here, and the bytes of the gradient. The time of a task is what one more adds to a
@@ -22,6 +27,7 @@ another machine, measure its tasks with this script.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import json
 import math
@@ -29,7 +35,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,12 +142,12 @@ PROBLEMS = {
 }
 
 
-def outer_steps(name: str, count: int, num_tasks: int):
-    """A call of a few outer steps on the first devices, returning how many; what XLA plans."""
+def outer_steps(name: str, chosen: Sequence[Any], num_tasks: int):
+    """A call of a few outer steps on these devices, returning how many; what XLA plans."""
     problem = PROBLEMS[name]
     loss, params, sample = problem.make()
     per_task = fj.fomaml(loss, optax.sgd(INNER_RATE if "conv" in name else 1e-3), problem.steps)
-    chosen = jax.devices()[:count]
+    count = len(chosen)
     mesh = jax.make_mesh((count,), ("tasks",), (AxisType.Auto,), devices=chosen)
     at_once = problem.tasks_at_once if chosen[0].platform == "cpu" else num_tasks // count
     sampled = fj.over_tasks(
@@ -149,7 +155,7 @@ def outer_steps(name: str, count: int, num_tasks: int):
     )
     learner = fj.meta_learner(sampled, optax.adam(OUTER_RATE))
     key = jax.random.key(0)
-    steps = 3 if problem.tasks > 1 and num_tasks <= 64 else 1  # a call has a cost of its own
+    steps = max(1, 192 // num_tasks) if problem.tasks > 1 else 1  # a call has a cost of its own
 
     def step(_, state):
         keys = fj.tasks.task_keys(key, state.step, num_tasks)
@@ -173,16 +179,23 @@ def outer_steps(name: str, count: int, num_tasks: int):
 # Workers: processes with cores of their own, which answer every line with seconds a step.
 
 
-def work(name: str, count: int, num_tasks: int, cores: list[int]) -> None:
-    """Answers until there are no more lines."""
+def work(name: str, count: int, num_tasks: int, cores: list[int], beside: bool) -> None:
+    """Answers until there are no more lines; "beside": every device takes steps of its own."""
     if cores:
         os.sched_setaffinity(0, cores)  # before XLA starts as many threads as it sees cores
         jax.config.update("jax_num_cpu_devices", count)
-    call, about = outer_steps(name, count, num_tasks)
-    call()
-    print(json.dumps(about), flush=True)
-    for _ in sys.stdin:
-        print(seconds_a_step(call), flush=True)
+    chosen = jax.devices()[:count]
+    steps = [
+        outer_steps(name, each, num_tasks)
+        for each in ([[d] for d in chosen] if beside else [chosen])
+    ]
+    calls = [call for call, _ in steps]
+    for call in calls:
+        call()
+    print(json.dumps(steps[0][1]), flush=True)
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as threads:
+        for _ in sys.stdin:
+            print(max(threads.map(seconds_a_step, calls)), flush=True)
 
 
 def seconds_a_step(call: Callable[[], int]) -> float:
@@ -196,8 +209,11 @@ def seconds_a_step(call: Callable[[], int]) -> float:
 class Worker:
     """A process that times a step when it is told to."""
 
-    def __init__(self, name: str, count: int, num_tasks: int, cores: list[int]):
-        words = {"name": name, "count": count, "num_tasks": num_tasks, "cores": cores}
+    def __init__(
+        self, name: str, count: int, num_tasks: int, cores: list[int], beside: bool = False
+    ):
+        words = {"name": name, "count": count, "num_tasks": num_tasks}
+        words |= {"cores": cores, "beside": beside}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(words)],
@@ -258,12 +274,13 @@ def devices(name: str, repeats: int) -> list[dict[str, Any]]:
         print("one device: nothing to scale to")
         return []
     together = cores_of(0, count)
-    one, one_of_all, every = (
+    one, one_of_all, every, beside = (
         Worker(name, 1, each, cores_of(0, 1)),
         Worker(name, 1, each * count, cores_of(0, 1)),
         Worker(name, count, each * count, together),
+        Worker(name, count, each, together, beside=True),
     )
-    calls = {"one": one, "all tasks on one": one_of_all, "all": every}
+    calls = {"one": one, "all tasks on one": one_of_all, "all": every, "beside": beside}
     crowd = [Worker(name, 1, each, cores_of(i, 1)) for i in range(count)] if on_cpu() else []
 
     def apart() -> float:
@@ -275,24 +292,27 @@ def devices(name: str, repeats: int) -> list[dict[str, Any]]:
     for worker in (*calls.values(), *crowd):
         worker.close()
     about = {"table": "devices", "problem": name, "devices": count, **one.about}
-    limit = common.ratio(timed["one"], timed["apart"]) if crowd else None
+    limits = {
+        "apart": common.ratio(timed["one"], timed["apart"]) if crowd else None,
+        "beside": common.ratio(timed["one"], timed["beside"]),
+    }
     return [
         about
         | {"scaling": "weak", "tasks": f"{each} -> {each * count}", "one": timed["one"]}
         | {"one_tasks": each}
         | {"all": timed["all"], "efficiency": common.ratio(timed["one"], timed["all"])}
-        | {"apart": limit},
+        | limits,
         about
         | {"scaling": "strong", "tasks": f"{each * count}", "one": timed["all tasks on one"]}
         | {"one_tasks": each * count}
-        | {"all": timed["all"], "apart": limit}
+        | {"all": timed["all"], **limits}
         | {"efficiency": common.ratio(timed["all tasks on one"], timed["all"]) / count},
     ]
 
 
 def tasks(name: str, repeats: int, most: int) -> list[dict[str, Any]]:
-    """The time of a task, as a step takes more of them, on all devices."""
-    count = len(every_core()) if on_cpu() else jax.device_count()
+    """The time of a task, as a step takes more of them."""
+    count = 1 if on_cpu() else jax.device_count()
     least = max(8, count * PROBLEMS[name].tasks_at_once)
     numbers = [n for n in (least * 4**i for i in range(10)) if n < most] + [most]
     workers = {n: Worker(name, count, n, cores_of(0, count)) for n in numbers}
@@ -405,6 +425,7 @@ DEVICES: Columns = {
     "devices": lambda row: str(row["devices"]),
     "efficiency": lambda row: percent(row["efficiency"]),
     "apart": lambda row: percent(row["apart"]),
+    "beside": lambda row: percent(row["beside"]),
 }
 TASKS: Columns = {
     "problem": about,
