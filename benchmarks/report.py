@@ -33,6 +33,7 @@ import fomaml_jax
 
 README = Path(__file__).with_name("README.md")
 PROJECT = Path(__file__).parents[1] / "README.md"
+EXAMPLES = PROJECT.parent / "examples" / "README.md"
 MODEL = Path(fomaml_jax.__file__).parent / "pretrained" / "omniglot" / "MODEL.md"
 BENCHMARKS = {
     "meta_step": meta_step,
@@ -79,9 +80,9 @@ def main() -> None:
     """Runs from the command line."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(render())
-    for path in (PROJECT, MODEL):
+    for path in (PROJECT, EXAMPLES, MODEL):
         path.write_text(with_tables(path))
-    print(f"written to {README}, {PROJECT} and {MODEL}")
+    print(f"written to {README}, {PROJECT}, {EXAMPLES} and {MODEL}")
 
 
 def render() -> str:
