@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fomaml_jax as fj
 from fomaml_jax.devices import mesh_for
-from fomaml_jax.experiment import versions
+from fomaml_jax.runs import versions
 
 RESULTS = Path(__file__).with_name("results")
 INNER_RATE = 0.1

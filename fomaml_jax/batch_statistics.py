@@ -12,7 +12,7 @@ from fomaml_jax.types import Batch, Params, Task
 TRANSDUCTIVE = "transductive"
 """The query batch is normalised together."""
 
-ONE_AT_A_TIME = "one query at a time"
+ONE_AT_A_TIME = "one-at-a-time"
 """Each query is normalised beside the support set, and with no other query."""
 
 
@@ -126,7 +126,7 @@ def both(metric_fn: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], dict[
         metric_fn: `(adapted, query) -> metric`, of a network wrapped in `one_at_a_time`.
 
     Returns:
-        `(adapted, query) -> {"transductive": metric, "one query at a time": metric}`, for tasks
+        `(adapted, query) -> {"transductive": metric, "one-at-a-time": metric}`, for tasks
         from `beside_support`.
 
     Example:
@@ -137,7 +137,7 @@ def both(metric_fn: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], dict[
         ...     lambda params, support: params, fj.batch_statistics.both(error), jnp.zeros(()),
         ...     fj.batch_statistics.beside_support(fj.tasks.sinusoid()), jax.random.key(0))
         >>> sorted(report.mean)
-        ['one query at a time', 'transductive']
+        ['one-at-a-time', 'transductive']
     """
 
     def metrics(adapted: Any, query: Batch) -> dict[str, Any]:

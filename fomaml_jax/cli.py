@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _command(arguments)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        endings.stop("interrupted", endings.INTERRUPTED)
     except BrokenPipeError:  # who was reading has had enough
         endings.let_go_of_the_output()
     except OSError as error:  # such as a full disk behind the standard output

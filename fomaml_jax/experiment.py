@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import platform
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +120,7 @@ def _train(
         "tasks_seen": int(trained.state.step) * chosen.tasks_per_step,
         "seconds": round(trained.seconds, 1),
         "config": options.to_json(chosen),
-        "versions": versions(),
+        "versions": runs.versions(),
     }
     if processes.is_first():
         pictures.draw_run(chosen, problem, jax.device_get(params), keys.test, folder, result)
@@ -204,14 +202,6 @@ def difference(
         f"the other run, after {other_steps} steps": last(other),
         "difference, task by task": last(paired_difference(one, other)),
     }
-
-
-def versions() -> dict[str, str]:
-    """The versions and the device behind a result."""
-    names = ("fomaml-jax", "jax", "jaxlib", "optax", "flax", "numpy")
-    found = {name: metadata.version(name) for name in names}
-    device = jax.devices()[0]
-    return found | {"python": platform.python_version(), "device": str(device.device_kind)}
 
 
 def last(judged: Evaluation) -> dict[str, float]:
@@ -376,7 +366,7 @@ def _tuned(
             "variant": plan.variant,
             "tasks_at_once": plan.tasks_at_once,
             "trials": [trial._asdict() for trial in plan.trials],
-            "versions": versions(),
+            "versions": runs.versions(),
         },
     )
     return dataclasses.replace(

@@ -267,6 +267,13 @@ DATA_SETS: dict[str, type[Options]] = {
 }
 
 
+def metric_of(chosen: Options) -> str:
+    """What a run is judged by."""
+    if isinstance(chosen, Table):
+        return f"mean absolute error of {chosen.target}"
+    return "accuracy" if isinstance(chosen, ImageOptions) else "mean squared error"
+
+
 def name_of(options: Options) -> str:
     """The data set's name on the command line."""
     return next(name for name, kind in DATA_SETS.items() if type(options) is kind)

@@ -254,8 +254,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
             chosen, name, splits, ways=chosen.ways, shots=chosen.shots, rotations=omniglot
         )
 
-    statistics = {"transductive": TRANSDUCTIVE, "one-at-a-time": ONE_AT_A_TIME}[chosen.statistics]
-    normalised = beside_support if statistics == ONE_AT_A_TIME else lambda tasks: tasks
+    normalised = beside_support if chosen.statistics == ONE_AT_A_TIME else lambda tasks: tasks
     training = _episodes(
         chosen,
         "train",
@@ -276,14 +275,14 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         predict=predict,
         loss_fn=loss_fn,
         metric_fn=accuracy,
-        metric="accuracy",
+        metric=options.metric_of(chosen),
         inner=lambda shared: classifiers.inner_of(chosen, shared, chosen.ways),
         meta_gradient=meta_gradient,
         outer=functools.partial(_outer, chosen),
         train=normalised(training),
         validation=normalised(validation),
-        test=test.pop(statistics),
-        statistics=statistics,
+        test=test.pop(chosen.statistics),
+        statistics=chosen.statistics,
         otherwise=test,
         moved=functools.partial(classifiers.moved_of, chosen),
         splits=splits,
@@ -363,7 +362,7 @@ def _regression(chosen: options.Sinusoid) -> Problem:
         predict=predict,
         loss_fn=loss_fn,
         metric_fn=loss_fn,
-        metric="mean squared error",
+        metric=options.metric_of(chosen),
         inner=lambda params: inner,
         meta_gradient=fomaml(loss_fn, inner, chosen.inner_steps),
         outer=lambda steps: optax.chain(
@@ -387,7 +386,7 @@ def _of_groups(chosen: options.Table, table: Table) -> Problem:
         predict=regressors.predict,
         loss_fn=regressors.squared_error,
         metric_fn=functools.partial(regressors.absolute_error, unit=standard[1]),
-        metric=f"mean absolute error of {chosen.target}",
+        metric=options.metric_of(chosen),
         inner=lambda params: inner,
         meta_gradient=fomaml(regressors.squared_error, inner, chosen.inner_steps),
         outer=lambda steps: outer_optimizer(chosen.rate, steps),

@@ -101,9 +101,7 @@ def write(folders: Sequence[Path], out: Path) -> Path:
 
 def metric(run: Finished) -> str:
     """What the run is judged by."""
-    if run.config["dataset"] == "table":
-        return f"mean absolute error of {run.config['target']}"
-    return "mean squared error" if run.config["dataset"] == "sinusoid" else "accuracy"
+    return options.metric_of(options.from_json(run.config))
 
 
 def page(found: Sequence[Finished], pictures: dict[str, bytes]) -> str:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -176,6 +178,14 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON, indented, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(_without_nan(value), indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions and the device behind a result."""
+    names = ("fomaml-jax", "jax", "jaxlib", "optax", "flax", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    device = jax.devices()[0]
+    return found | {"python": platform.python_version(), "device": str(device.device_kind)}
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:

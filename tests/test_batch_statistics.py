@@ -94,9 +94,9 @@ def test_both_in_one_evaluation(params):
     found = evaluated(fj.batch_statistics.both(accuracy), sample_beside)
     together = evaluated(accuracy, sample_task)
     separate = evaluated(accuracy, sample_beside)
-    assert set(found.mean) == {"transductive", "one query at a time"}
+    assert set(found.mean) == {"transductive", "one-at-a-time"}
     np.testing.assert_array_equal(found.per_task["transductive"], together.per_task)
-    np.testing.assert_array_equal(found.per_task["one query at a time"], separate.per_task)
+    np.testing.assert_array_equal(found.per_task["one-at-a-time"], separate.per_task)
     assert not np.array_equal(together.per_task, separate.per_task)
 
 

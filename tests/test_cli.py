@@ -83,7 +83,7 @@ def test_the_result_of_pictures(glyphs):
     assert result["config"]["steps"] == 3
     assert result["versions"]["jax"] == jax.__version__
     assert 0 < result["mean"] <= 1
-    assert set(result["otherwise"]) == {"one query at a time"}
+    assert set(result["otherwise"]) == {"one-at-a-time"}
     assert set(result["baselines"]) == {
         "nearest class mean on pixels",
         "joint pre-training, fine-tuned",
@@ -93,7 +93,7 @@ def test_the_result_of_pictures(glyphs):
 def test_queries_one_at_a_time(glyphs, tmp_path):
     words = ("--statistics", "one-at-a-time", "--no-compare")
     run = trained(tmp_path / "run", "glyphs", *SMALL_GLYPHS, *words)
-    assert run.result["statistics"] == "one query at a time"
+    assert run.result["statistics"] == "one-at-a-time"
     assert run.result["transductive"] is False
     assert set(run.result["otherwise"]) == {"transductive"}
     assert run.out.splitlines()[1] == (
@@ -112,7 +112,7 @@ def test_what_is_reported_beside_is_what_the_other_choice_reports(glyphs):
         params = runs.load_parameters(glyphs.folder, problem.params)
         found[statistics] = experiment.evaluate(asked, problem, params)
     together, separate = found["transductive"], found["one-at-a-time"]
-    assert together["otherwise"]["one query at a time"]["mean"] == separate["mean"]
+    assert together["otherwise"]["one-at-a-time"]["mean"] == separate["mean"]
     assert separate["otherwise"]["transductive"]["mean"] == together["mean"]
     assert together["mean"] != separate["mean"]
 
@@ -167,9 +167,9 @@ def test_the_progress_shows_loss_and_speed(sinusoid):
 
 def test_the_table_of_pictures_is_the_result_in_percent(glyphs):
     result = glyphs.result
-    otherwise = result["otherwise"]["one query at a time"]
+    otherwise = result["otherwise"]["one-at-a-time"]
     rows = [*result["per_step"], otherwise, *result["baselines"].values()]
-    names = ["before adaptation", "after 1 step", "the same, one query at a time"]
+    names = ["before adaptation", "after 1 step", "the same, one-at-a-time"]
     names += result["baselines"]
     assert rows_of(glyphs.out) == [
         (name, round(100 * row["mean"], 2), round(100 * row["ci95"], 2))
@@ -473,7 +473,7 @@ def test_the_real_network_trains_on_glyphs_drawn_afresh(tmp_path):
     assert result["num_tasks"] == 4
     assert [name for name, *_ in rows_of(done.stdout)][-2:] == [
         "after 3 steps",
-        "the same, one query at a time",
+        "the same, one-at-a-time",
     ]
     assert is_picture(tmp_path / "run" / "episodes.png")
 

@@ -48,8 +48,6 @@ def refusing():
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
         stop(" ".join(str(error).split()), REFUSED)
-    except KeyboardInterrupt:
-        stop("interrupted", INTERRUPTED)
 
 
 @contextlib.contextmanager

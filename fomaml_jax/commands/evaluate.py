@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from fomaml_jax import classifiers, experiment, options, problems, runs
 from fomaml_jax.commands import shift
-from fomaml_jax.commands.endings import INTERRUPTED, plain_warnings, refusing, stop
+from fomaml_jax.commands.endings import plain_warnings, refusing
 from fomaml_jax.commands.tables import table
 from fomaml_jax.commands.words import parse
 from fomaml_jax.devices import keep_compiled_programs
@@ -74,10 +74,7 @@ def main(words: list[str]) -> None:
         if against is not None:
             options.check_same_tasks(chosen, against[0])
             differences = experiment.difference(chosen, problem, params, *against)
-    try:
-        result = experiment.evaluate(chosen, problem, params) | {"baselines": differences}
-    except KeyboardInterrupt:
-        stop("interrupted", INTERRUPTED)
+    result = experiment.evaluate(chosen, problem, params) | {"baselines": differences}
     print(table(result))
 
 

@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fomaml_jax import contact_sheets, pictures
-from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
 from fomaml_jax.commands.tables import STATISTICS
 from fomaml_jax.contact_sheets import Cell
 from fomaml_jax.datasets import Pictures
@@ -71,10 +70,9 @@ def told(
     adapted: AdaptedClassifier, found: Pictures, statistics: str, rows: list[dict[str, Any]]
 ) -> str:
     """Each picture in a line, between how it was done and how good that is."""
-    normalised = STATISTICS[TRANSDUCTIVE if statistics == "transductive" else ONE_AT_A_TIME]
     lines = [
         "",
-        f"{len(rows)} pictures ({how_read(found, adapted.background)}); {normalised}",
+        f"{len(rows)} pictures ({how_read(found, adapted.background)}); {STATISTICS[statistics]}",
         threshold_in_words(adapted),
     ]
     if statistics == "transductive":

@@ -15,7 +15,6 @@ from fomaml_jax import options, pictures, runs
 from fomaml_jax.classifiers import QUERIES_AT_ONCE
 from fomaml_jax.commands.recognised import judged, known_already, sheet, told
 from fomaml_jax.datasets import Pictures, few_pictures
-from fomaml_jax.experiment import versions
 from fomaml_jax.recognition import NONE, AdaptedClassifier, Background, Predictions
 
 RESULT = "result.json"
@@ -156,5 +155,5 @@ def _result(
         "background": adapted.background,
         "inverted": found.inverted,
         "also_in_support": sum(row["in_support"] for row in rows),
-        "versions": versions(),
+        "versions": runs.versions(),
     }

@@ -6,7 +6,7 @@ from typing import Any
 from fomaml_jax import experiment, options, pictures, problems, robustness, runs, shift_suite
 from fomaml_jax import shift_pictures as shown
 from fomaml_jax.classifiers import Classifier
-from fomaml_jax.commands.endings import INTERRUPTED, refusing, say, stop
+from fomaml_jax.commands.endings import refusing, say
 from fomaml_jax.commands.tables import STATISTICS
 from fomaml_jax.datasets import Splits
 from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS
@@ -32,10 +32,7 @@ def report(
         if (out / JSON).exists():
             raise ValueError(f"{out} holds a report; pass --out with another folder")
         out.mkdir(parents=True, exist_ok=True)
-    try:
-        result = measured(run, chosen, problem, params, suite, num_tasks)
-    except KeyboardInterrupt:
-        stop("interrupted", INTERRUPTED)
+    result = measured(run, chosen, problem, params, suite, num_tasks)
     with refusing():
         runs.write_json(out / JSON, result)
         pictures.save(shown.draw(result["rows"]), out / PICTURE)
@@ -77,7 +74,7 @@ def measured(
         "rows": rows,
         "left_out": suite.left_out,
         "conclusions": shown.conclusions(rows),
-        "versions": experiment.versions(),
+        "versions": runs.versions(),
     }
 
 
