@@ -63,7 +63,8 @@ def adapt(
         trainable: which leaves to adapt: `path -> bool`, with paths such as `"params/head/kernel"`,
             or a pytree of booleans like `params`, of which one may stand for all that is below it.
             The others cost neither gradient nor optimizer state, and what they alone make of the
-            support set is computed once, not in every step.
+            support set is computed once, not in every step (but for `per_step_support` and
+            `has_state`).
         per_step_support: whether the leaves of `support` lead with an axis of `num_steps`, a batch
             for each step.
         opt_state: the optimizer state to start from, such as `AdaptInfo.opt_state` of the task

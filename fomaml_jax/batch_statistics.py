@@ -52,7 +52,7 @@ def beside_support(sample_task: Callable[[jax.Array], Task]) -> Callable[[jax.Ar
     def sample(key: jax.Array) -> Task:
         task = sample_task(key)
         (support, _), (query, targets) = _pair("support", task.support), _pair("query", task.query)
-        return Task(task.support, (Beside(support, query), targets))
+        return task._replace(query=(Beside(support, query), targets))
 
     return sample
 

@@ -217,4 +217,5 @@ def _scalar(metric: Any) -> jax.Array:
         )
     metric = jnp.asarray(metric)
     is_float = jnp.issubdtype(metric.dtype, jnp.floating)
-    return metric if is_float else metric.astype(jnp.float32)
+    # A mean of many in few bits would be worth less than its interval.
+    return metric if is_float and jnp.finfo(metric.dtype).bits >= 32 else metric.astype(jnp.float32)

@@ -92,7 +92,8 @@ def meta_learner(
             one would take the state for parameters.
 
     Returns:
-        A `MetaLearner`.
+        A `MetaLearner`. A step whose tasks are all left out counts, and moves nothing: neither
+        parameters nor the optimizer's state.
 
     Raises:
         TypeError: for an optimizer that is not one.
@@ -124,6 +125,13 @@ def meta_learner(
             grads, state.opt_state, state.params, value=seen.loss, grad=grads
         )
         params = optax.apply_updates(state.params, updates)
+        if isinstance(meta_gradient, OverTasks) and meta_gradient.skips:
+            # Momentum and weight decay would move what no task has asked for.
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(seen.num_finite > 0, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
         return MetaState(params, opt_state, state.step + 1), seen
 
     return MetaLearner(initial(optimizer), step)

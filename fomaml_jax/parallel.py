@@ -27,10 +27,12 @@ class OverTasks:
         seeing: `(params, tasks, see) -> (mean grads, TaskInfo, see(TaskInfo))`, the last one summed
             over the devices in the same all-reduce as the gradients.
         devices: of the mesh: it takes a multiple of so many tasks.
+        skips: whether tasks that are not finite are left out.
     """
 
     seeing: Callable[[Params, Any, Callable[[TaskInfo], Any]], tuple[Params, TaskInfo, Any]]
     devices: int = 1
+    skips: bool = True
 
     def __call__(self, params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
         """`(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`."""
@@ -63,9 +65,9 @@ def over_tasks(
         tasks_at_once: how many tasks run together; a remainder runs in a smaller chunk. `None` is
             all; `"auto"` is one on CPU, where a single task stays in cache, and all elsewhere.
         on_nonfinite: `"skip"` takes the mean over the tasks whose `TaskInfo.finite` is true (zero
-            if there is none), so that one diverged task cannot poison a step; `TaskInfo.finite`
-            says which were left out. Values are protected, not derivatives of the mean gradient.
-            `"propagate"` takes the mean over all.
+            if there is none, and a `meta_learner` then moves nothing), so that one diverged task
+            cannot poison a step; `TaskInfo.finite` says which were left out. Values are protected,
+            not derivatives of the mean gradient. `"propagate"` takes the mean over all.
         mesh: shards the tasks over all axes of this mesh: each device runs its own, and one
             all-reduce joins the gradients. Their number must be a multiple of the mesh's size. On
             CPU set `jax.config.update("jax_num_cpu_devices", os.cpu_count())` first: a scan over
@@ -125,7 +127,7 @@ def over_tasks(
             if task_weight is None:
                 return grads, info, jnp.ones((), jnp.float32)
             weight = jnp.asarray(task_weight(task), jnp.float32)
-            return jax.tree.map(lambda g: weight.astype(g.dtype) * g, grads), info, weight
+            return jax.tree.map(lambda g: _times(weight, g), grads), info, weight
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
         start = varying((zeros, jnp.zeros((), jnp.float32)), params, tasks)
@@ -148,7 +150,7 @@ def over_tasks(
             (mean, seen), info = shared_out(on_each, mesh, params, tasks)
         return mean, info, seen
 
-    return OverTasks(seeing, 1 if mesh is None else mesh.size)
+    return OverTasks(seeing, 1 if mesh is None else mesh.size, on_nonfinite == "skip")
 
 
 def shared_out(fn: Callable[[Params, Any], Any], mesh: Mesh, params: Params, tasks: Any) -> Any:
@@ -161,6 +163,11 @@ def shared_out(fn: Callable[[Params, Any], Any], mesh: Mesh, params: Params, tas
     return jax.shard_map(
         fn, mesh=mesh, in_specs=(one, each), out_specs=(one, each), check_vma=False
     )(params, tasks)
+
+
+def _times(weight: jax.Array, grad: jax.Array) -> jax.Array:
+    """In the dtype of the sum: a gradient that is finite stays so."""
+    return weight.astype(accumulator(grad.dtype)) * grad.astype(accumulator(grad.dtype))
 
 
 def _sum_over_devices(tree: Any, axes: tuple[str, ...]) -> Any:

@@ -37,7 +37,8 @@ def check_params(params: Params) -> None:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"{where} has dtype {leaf.dtype}, not a real floating-point one; pass "
-                "floating-point parameters and keep the rest in the batch or in a closure"
+                "floating-point parameters and keep the rest, counters of a state too, in the "
+                "batch or in a closure"
             )
 
 

@@ -20,7 +20,7 @@ def multi_step_weights(num_steps: int, step: jax.Array | int, until: int) -> jax
     Args:
         num_steps: inner steps, `K`.
         step: the outer step, traced if you like.
-        until: the outer step at which only the last loss counts.
+        until: the outer step at which all but the last have sunk to that.
 
     Returns:
         `[num_steps]` float32, with sum 1, for `step_weights`.
@@ -90,6 +90,7 @@ def first_then_second_order(
         def seeing(params, tasks, see):
             return chosen(*(lambda *args, of=of: of(*args, see) for of in both))(params, tasks)
 
-        return OverTasks(seeing, math.lcm(first.devices, second.devices))
+        devices = math.lcm(first.devices, second.devices)
+        return OverTasks(seeing, devices, first.skips and second.skips)
 
     return at

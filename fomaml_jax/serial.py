@@ -41,7 +41,8 @@ def serial_reptile(
         per_step_support: as in `adapt`.
 
     Returns:
-        A `MetaLearner`; its `step` takes a meta-batch, and `MetaState.step` counts tasks.
+        A `MetaLearner`; its `step` takes a meta-batch, and `MetaState.step` counts tasks;
+        `StepInfo.grad_norm` is how far the meta-batch as a whole has moved the parameters.
 
     Raises:
         TypeError: for an optimizer that is not one.
@@ -63,11 +64,12 @@ def serial_reptile(
     refusals.check_optimizer(inner_optimizer)
     refusals.check_optimizer(optimizer)
     loss = refusals.checked_loss(loss_fn, has_aux)
+    outer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> MetaState:
-        outer = initial(optimizer)(params)
-        inner_state = inner_optimizer.init(outer.params) if keep_inner_state else None
-        return outer._replace(opt_state=(outer.opt_state, inner_state))
+        state = initial(optimizer)(params)
+        inner_state = inner_optimizer.init(state.params) if keep_inner_state else None
+        return state._replace(opt_state=(state.opt_state, inner_state))
 
     def one_task(state: MetaState, task: Task) -> tuple[MetaState, TaskInfo]:
         states: Any = state.opt_state
@@ -83,9 +85,11 @@ def serial_reptile(
             opt_state=inner_state,
         )
         grads = jax.tree.map(jnp.subtract, state.params, adapted)
-        updates, outer_state = optimizer.update(grads, outer_state, state.params)
-        moved = optax.apply_updates(state.params, updates)
         value, (_, aux) = loss(adapted, task.query)
+        updates, outer_state = outer.update(
+            grads, outer_state, state.params, value=value, grad=grads
+        )
+        moved = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads))
         after = (moved, (outer_state, inner.opt_state if keep_inner_state else None))
         params, opt_state = jax.tree.map(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fomaml_jax import refusals
 from fomaml_jax.manual_axes import varying
+from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import Batch, MetaGradient, Params, Task, TaskInfo
 
 
@@ -53,7 +54,8 @@ def starting_from(
         start, back = jax.vjp(lambda params: prepare(params, task.support), params)
         refusals.check_like_params("prepare", start, params)
         grads, info = meta_gradient(start, task)
-        return back(grads)[0], info
+        grads = back(grads)[0]
+        return grads, finite_with(info, grads)
 
     return prepared_meta_gradient
 

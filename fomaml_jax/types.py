@@ -47,7 +47,8 @@ class WithState(NamedTuple):
     """Shared parameters and the state that goes with them, such as running statistics.
 
     As a gradient, `state` is the way back from where a task left the state to the shared one: an
-    outer `optax.sgd(1.0)` for it (see `with_state`) moves it to the mean over tasks.
+    outer `optax.sgd(1.0)` for it (see `with_state`) moves it to the mean over tasks. Its leaves are
+    floating-point arrays: keep a counter, such as that of Haiku's moving averages, apart.
     """
 
     params: Params

@@ -1,13 +1,14 @@
 """Tasks of uneven size in one shape: padding, and means that do not see it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fomaml_jax import refusals
-from fomaml_jax.types import Batch, Task
+from fomaml_jax.types import Batch, KeyedTask, Task
 
 
 def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
@@ -42,14 +43,15 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
     return jax.tree.map(padded, batch), jnp.asarray(np.arange(size) < examples, jnp.float32)
 
 
-def stack_tasks(tasks: Sequence[Task]) -> Task:
+def stack_tasks(tasks: Sequence[Any]) -> Any:
     """A meta-batch from tasks of any numbers of examples, so that one compiled program runs them.
 
     Args:
-        tasks: tasks whose batches differ in their number of examples alone.
+        tasks: each a `Task`, or each a `KeyedTask`, whose batches differ in their number of
+            examples alone.
 
     Returns:
-        A `Task` whose support and query are pairs `(batch, weights)` with leaves
+        A `Task` (or `KeyedTask`) whose support and query are pairs `(batch, weights)` with leaves
         `[tasks, examples, ...]` and weights `[tasks, examples]`, as from `pad_batch`, padded to the
         most examples of all. A loss over such pairs is `weighted_mean(losses, weights)`.
 
@@ -72,15 +74,19 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
         size = max(refusals.check_same_examples(batch) for batch in batches)
         return jax.tree.map(lambda *x: jnp.stack(x), *(pad_batch(batch, size) for batch in batches))
 
-    return Task(stacked("support"), stacked("query"))
+    support, query = stacked("support"), stacked("query")
+    if not any(isinstance(task, KeyedTask) for task in tasks):
+        return Task(support, query)
+    return KeyedTask(support, query, jnp.stack([task.key for task in tasks]))
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """The mean over examples, in which those of weight zero have no part, NaN or not.
 
     Args:
-        values: `[examples, ...]`. A NaN of weight zero does no harm here, but what it was computed
-            from does to the gradient: pass inputs and targets through `models.without_padding`.
+        values: `[examples, ...]`; in float32 unless they are floats. A NaN of weight zero does no
+            harm here, but what it was computed from does to the gradient: pass inputs and targets
+            through `models.without_padding`.
         weights: `[examples]`, not negative.
 
     Returns:
@@ -91,6 +97,8 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
         >>> fj.uneven.weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0]))
         Array(2., dtype=float32)
     """
+    if not jnp.issubdtype(values.dtype, jnp.floating):  # such as hits and misses
+        values = values.astype(jnp.float32)
     weights = weights.astype(values.dtype)
     each = values.reshape(values.shape[0], -1).mean(1)
     total = weights.sum()

@@ -146,3 +146,14 @@ def test_running_statistics_of_every_inner_step():
         assert_close(found["var"][k], 0.9 + 0.1 * hidden.var(0), 1e-5)
         plain = lambda p: stateful(p, (x, x**2), variables["batch_stats"], None)[0]
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(plain)(params))
+
+
+def test_a_tasks_key_stays_with_it():
+    def keyed(key):
+        x, y = jnp.ones((2, 1)), jnp.ones(2)
+        return fj.KeyedTask((x, y), (x, y), key)
+
+    key = jax.random.key(3)
+    task = fj.batch_statistics.beside_support(keyed)(key)
+    assert isinstance(task, fj.KeyedTask)
+    assert (task.key == key).all()

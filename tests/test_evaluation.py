@@ -100,3 +100,16 @@ def test_a_paired_difference_has_the_variance_of_the_differences():
     )
     with pytest.raises(ValueError, match="200 and 3 tasks; evaluate both on the same"):
         fj.paired_difference(one, other._replace(num_tasks=3))
+
+
+def test_metrics_of_few_bits_are_averaged_in_float32():
+    report = fj.evaluate(
+        lambda params, support: support,
+        lambda adapted, query: (100 + query[0]).astype(jnp.bfloat16),
+        0.0,
+        normal_task,
+        jax.random.key(0),
+        num_tasks=64,
+    )
+    assert report.mean.dtype == report.per_task.dtype == jnp.float32
+    assert_close(report.mean, np.asarray(report.per_task).mean(), 1e-6)

@@ -98,3 +98,38 @@ def test_an_outer_optimizer_that_needs_the_loss():
     for _ in range(5):
         state, _ = learner.step(state, tasks)
     assert float(optax.tree.get(state.opt_state, "scale")) < 1
+
+
+@pytest.mark.makes_nans
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("seldom", [False, True], ids=["meta_learner", "scheduled_learner"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(0.1, weight_decay=0.1),
+        optax.chain(optax.sgd(0.1, momentum=0.9), optax.contrib.reduce_on_plateau(patience=2)),
+    ],
+    ids=["adamw", "plateau"],
+)
+def test_a_step_without_a_finite_task_moves_nothing(optimizer, seldom):
+    params, tasks = network_problem(2)
+    if seldom:
+        learner = fj.scheduled_learner(lambda step: META_GRADIENT, optimizer)
+    else:
+        learner = fj.meta_learner(META_GRADIENT, optimizer)
+    step = jax.jit(learner.step)
+    state, _ = step(learner.init(params), tasks)
+    after, info = step(state, jax.tree.map(lambda x: x * jnp.nan, tasks))
+    chex.assert_trees_all_equal(after, state._replace(step=state.step + 1))
+    assert int(info.num_finite) == 0
+    moved, _ = step(after, tasks)
+    assert (moved.params["w1"] != state.params["w1"]).any()
+
+
+@pytest.mark.makes_nans
+def test_what_is_to_propagate_does():
+    params, tasks = network_problem(2)
+    meta_gradient = fj.over_tasks(fj.fomaml(network, optax.sgd(0.1), 2), on_nonfinite="propagate")
+    learner = fj.meta_learner(meta_gradient, optax.sgd(0.5))
+    state, _ = learner.step(learner.init(params), jax.tree.map(lambda x: x * jnp.nan, tasks))
+    assert jnp.isnan(state.params["w1"]).all()

@@ -248,3 +248,17 @@ def test_native_convolutions_are_warned_of_with_the_remedy():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fj.over_tasks(rewritten)(kernel, tasks)
+
+
+def test_weights_beyond_the_range_of_a_gradient_leave_it_finite():
+    def algorithm(params, task):
+        loss = jnp.mean(task.query)
+        return params * task.query[0], fj.TaskInfo(loss, jnp.zeros(0), jnp.isfinite(loss), None)
+
+    def weight(task):
+        return 70_000 * task.query[0].astype(jnp.float32)
+
+    weighted = fj.over_tasks(algorithm, task_weight=weight)
+    queries = jnp.array([[1.0], [2.0]], jnp.float16)
+    grads, _ = weighted(jnp.ones(3, jnp.float16), fj.Task(queries, queries))
+    assert_close(grads, jnp.full(3, 5 / 3, jnp.float16), 1e-3)

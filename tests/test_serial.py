@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import pytest
 from problems import assert_close, network, network_problem, one
 
@@ -67,3 +68,13 @@ def test_minibatches_for_another_number_of_steps_are_refused():
     params, tasks = network_problem(3)
     with pytest.raises(ValueError, match="must lead with num_steps=4"):
         fj.adapt(network, params, tasks.support, optax.sgd(0.1), 4, per_step_support=True)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_outer_optimizer_is_told_the_loss():
+    params, tasks = network_problem(3)
+    plateau = optax.chain(optax.sgd(0.5), optax.contrib.reduce_on_plateau(patience=1))
+    learner = fj.serial_reptile(network, optax.sgd(0.1), 2, plateau)
+    state, info = jax.jit(learner.step)(learner.init(params), tasks)
+    (_, seen), _ = state.opt_state
+    assert_close(seen.best_value, info.tasks.query_loss.min(), 1e-6)

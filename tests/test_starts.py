@@ -59,3 +59,22 @@ def test_no_gradient_goes_through_the_prototypes():
         return sum(leaf.sum() for leaf in fj.prototype_head(features, labels, 2))
 
     np.testing.assert_array_equal(jax.grad(total)(jnp.full((3, 4), 3.0)), 0)
+
+
+@pytest.mark.makes_nans
+def test_a_task_whose_start_has_no_finite_gradient_is_left_out():
+    """The inner loop is finite; the way back through the start is not, at a norm of zero."""
+
+    def scaled(params, support):
+        return {"w": params["w"] / (1 + jnp.sqrt(jnp.sum((params["w"] * support) ** 2)))}
+
+    def loss(params, batch):
+        return jnp.mean((params["w"] - batch) ** 2)
+
+    algorithm = fj.starting_from(scaled, fj.fomaml(loss, optax.sgd(0.1), 1))
+    support = jnp.array([[0.0, 0.0], [1.0, 2.0]])
+    tasks = fj.Task(support, jnp.ones((2, 2)))
+    params = {"w": jnp.ones(2)}
+    grads, info = jax.jit(fj.over_tasks(algorithm))(params, tasks)
+    assert info.finite.tolist() == [False, True]
+    assert_close(grads, algorithm(params, one(tasks, 1))[0], 1e-6)

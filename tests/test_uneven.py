@@ -129,3 +129,18 @@ def test_a_weighted_mean_does_not_see_what_has_no_weight(content):
     values = jnp.array([[1.0, 3.0], [content, content], [5.0, 7.0]])
     assert fj.uneven.weighted_mean(values, jnp.array([3.0, 0.0, 1.0])) == 3.0
     assert fj.uneven.weighted_mean(values, jnp.zeros(3)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bool, jnp.int32, jnp.float32])
+def test_hits_and_misses_have_their_weights(dtype):
+    mean = fj.uneven.weighted_mean(jnp.array([1, 0], dtype), jnp.array([0.5, 1.5]))
+    assert mean.dtype == jnp.float32
+    assert float(mean) == 0.25
+
+
+def test_keys_stay_with_their_tasks():
+    keys = jax.random.split(jax.random.key(0), 2)
+    tasks = [fj.KeyedTask(jnp.ones((n, 1)), jnp.ones((3, 1)), keys[n - 1]) for n in (1, 2)]
+    stacked = fj.uneven.stack_tasks(tasks)
+    assert isinstance(stacked, fj.KeyedTask)
+    assert (stacked.key == keys).all()
