@@ -66,7 +66,7 @@ def adapt(
             support set is computed once, not in every step (but for `per_step_support` and
             `has_state`).
         per_step_support: whether the leaves of `support` lead with an axis of `num_steps`, a batch
-            for each step.
+            for each step (of a traced number, steps beyond the last batch take that again).
         opt_state: the optimizer state to start from, such as `AdaptInfo.opt_state` of the task
             before; afresh unless given.
         has_state: whether `loss_fn` keeps state or draws random numbers. It is then

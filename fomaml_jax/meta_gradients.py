@@ -231,6 +231,11 @@ def maml(
         2017.
     """
     _check(loss_fn, optimizer, num_steps, has_aux, has_state)
+    if isinstance(num_steps, jax.Array):
+        raise TypeError(
+            "maml differentiates through the inner loop, so num_steps must be a Python int; mark "
+            "it static, or use fomaml, which takes an array"
+        )
     weights = checked_weights(step_weights, num_steps)
 
     def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
@@ -270,11 +275,6 @@ def maml(
 
         def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
             _check_task(task)
-            if isinstance(num_steps, jax.Array):
-                raise TypeError(
-                    "maml differentiates through the inner loop, so num_steps must be a Python "
-                    "int; mark it static, or use fomaml, which takes an array"
-                )
             params, of_task = opened(shared, task, has_state)
             _warn_of_infinite_curvature(optimizer, params)
             through = jax.value_and_grad(after_adaptation, has_aux=True)

@@ -119,6 +119,8 @@ def check_num_steps(num_steps: Any) -> int | jax.Array:
     if isinstance(num_steps, jax.Array):
         if num_steps.ndim or not jnp.issubdtype(num_steps.dtype, jnp.integer):
             raise TypeError(f"num_steps must be an integer scalar, got {jax.typeof(num_steps)}")
+        if (known := _known(num_steps)) is not None and known < 0:
+            raise ValueError(f"num_steps must be an integer of at least 0, got {known}")
         return num_steps.astype(jnp.int32)
     try:
         steps = operator.index(num_steps)
@@ -129,6 +131,11 @@ def check_num_steps(num_steps: Any) -> int | jax.Array:
     if isinstance(num_steps, bool) or steps < 0:
         raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}")
     return steps
+
+
+def _known(num_steps: int | jax.Array) -> int | None:
+    """The number, unless it is traced."""
+    return None if isinstance(num_steps, Tracer) else int(num_steps)
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -349,13 +356,13 @@ def check_shared(shared: Any, needed: Any) -> None:
 
 def check_per_step(support: Batch, num_steps: int | jax.Array) -> None:
     """Refuses a support set that does not lead with one batch for every step."""
-    if isinstance(num_steps, jax.Array):
+    if (known := _known(num_steps)) is None:
         return
     for path, leaf in jax.tree.leaves_with_path(support):
-        if np.shape(leaf)[:1] != (num_steps,):
+        if np.shape(leaf)[:1] != (known,):
             raise ValueError(
                 f"support{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but with "
-                f"per_step_support every leaf must lead with num_steps={num_steps}"
+                f"per_step_support every leaf must lead with num_steps={known}"
             )
 
 

@@ -63,6 +63,7 @@ def serial_reptile(
     """
     refusals.check_optimizer(inner_optimizer)
     refusals.check_optimizer(optimizer)
+    refusals.check_num_steps(num_steps)
     loss = refusals.checked_loss(loss_fn, has_aux)
     outer = optax.with_extra_args_support(optimizer)
 

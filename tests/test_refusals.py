@@ -41,6 +41,26 @@ def cut(tree, size):
 
 REFUSED = {
     "negative steps": (lambda: adapt(steps=-1), ValueError, "num_steps .* at least 0, got -1"),
+    "negative steps in an array": (
+        lambda: adapt(steps=jnp.array(-3)),
+        ValueError,
+        "num_steps .* at least 0, got -3",
+    ),
+    "negative steps of serial Reptile": (
+        lambda: fj.serial_reptile(network, SGD, -1, SGD),
+        ValueError,
+        "num_steps .* at least 0, got -1",
+    ),
+    "steps of maml in an array": (
+        lambda: fj.maml(network, SGD, jnp.array(3)),
+        TypeError,
+        "num_steps must be a Python int",
+    ),
+    "more steps than batches": (
+        lambda: adapt(support=cut(TASK.support, 2), steps=jnp.array(4), per_step_support=True),
+        ValueError,
+        "must lead with num_steps=4",
+    ),
     "half a step": (lambda: adapt(steps=0.5), TypeError, r"num_steps must be an integer, got 0\.5"),
     "steps that are a bool": (lambda: adapt(steps=True), ValueError, "num_steps .* got True"),
     "steps when made": (lambda: fj.fomaml(network, SGD, -2), ValueError, "num_steps .* got -2"),
