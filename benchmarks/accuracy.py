@@ -108,17 +108,33 @@ def row(asked: argparse.Namespace, ways: int, shots: int, seed: int) -> dict[str
         "transductive": as_published,
         "five queries": five,
         "alone": judged(ONE_AT_A_TIME, 1, asked.alone_tasks),  # others would not help it
+        "learning curve": curve_of(run_of(chosen, asked.runs)),
         "config": options.to_json(chosen),
     }
 
 
+def serves_all(chosen: options.Omniglot) -> bool:
+    """Whether one network of the recipe serves all ways and shots."""
+    return chosen.recipe != "paper"
+
+
+def run_of(chosen: options.Omniglot, folder: Path) -> Path:
+    """Where a recipe's run is, below a folder of runs."""
+    setting = "" if serves_all(chosen) else f"-{chosen.ways}w{chosen.shots}s"
+    split = "" if chosen.split == "vinyals" else f"-{chosen.split}"
+    return folder / f"{chosen.recipe}{setting}{split}-{chosen.seed}"
+
+
+def curve_of(run: Path) -> list[tuple[int, float]]:
+    """Steps, and the accuracy on the validation tasks that follow training."""
+    rows = runs.read_metrics(run)
+    return [(row["step"], round(row["validation"], 4)) for row in rows if "validation" in row]
+
+
 def trained(chosen: options.Omniglot, folder: Path) -> tuple[Any, int, float]:
     """The parameters of a recipe, the tasks they have seen, and the seconds they took."""
-    serves_all = chosen.recipe != "paper"
-    setting = "" if serves_all else f"-{chosen.ways}w{chosen.shots}s"
-    split = "" if chosen.split == "vinyals" else f"-{chosen.split}"
-    run = folder / f"{chosen.recipe}{setting}{split}-{chosen.seed}"
-    if serves_all:
+    run = run_of(chosen, folder)
+    if serves_all(chosen):
         chosen = dataclasses.replace(chosen, ways=20, shots=1)
     problem = problems.build(chosen)
     if (run / runs.CONFIG).exists():
