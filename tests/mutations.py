@@ -90,9 +90,21 @@ MUTATIONS = [
     ),
     Mutation(
         "starts.py",
-        "return back(grads)[0], info",
-        "return grads, info",
+        "grads = back(grads)[0]",
+        "grads = grads",
         "test_starts.py test_algorithms.py",
+    ),
+    Mutation(
+        "starts.py",
+        "return grads, finite_with(info, grads)",
+        "return grads, info",
+        "test_starts.py",
+    ),
+    Mutation(
+        "learner.py",
+        "if isinstance(meta_gradient, OverTasks) and meta_gradient.skips:",
+        "if False:",
+        "test_learner.py",
     ),
     Mutation(
         "uneven.py", "jnp.where(weights > 0, each, jnp.zeros_like(each))", "each", "test_uneven.py"

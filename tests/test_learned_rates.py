@@ -157,7 +157,7 @@ def of_rates(make, **options):
             "step_weights must be 2 floating-point numbers",
         ),
         (
-            lambda p, t: fj.maml(network, optax.sgd(0.1), jnp.array(2), step_weights=jnp.ones(2)),
+            lambda p, t: fj.fomaml(network, optax.sgd(0.1), jnp.array(2), step_weights=jnp.ones(2)),
             TypeError,
             "step_weights needs num_steps to be a Python int",
         ),
