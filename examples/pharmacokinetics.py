@@ -1,4 +1,4 @@
-"""Personal pharmacokinetics: from five blood samples of a new patient to the hours that follow.
+"""Personal pharmacokinetics: from five blood samples of a new patient to the next hour or two.
 
 The anaesthetic remifentanil in 65 volunteers (Minto et al. 1997). A task is a patient: the first
 five measured concentrations are given, most of them during the infusion, and all later ones are

@@ -10,9 +10,10 @@ import jax
 import pytest
 from command_line import SMALL_GLYPHS, TINY, SmallNetwork, call, noise, trained
 from jax.experimental.compilation_cache import compilation_cache
+from omniglot_archives import SMALL, write_small
 
 from fomaml_jax import baselines, classifiers, datasets, experiment
-from fomaml_jax.datasets import Splits
+from fomaml_jax.datasets import Splits, _omniglot
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -108,3 +109,18 @@ def glyphs(small_world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sinusoid(small_world, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("sinusoid"), "sinusoid", *TINY, "--eval-steps", "2")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The package's own folder, for one test."""
+    monkeypatch.setenv("FOMAML_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder of two archives, which are all of Omniglot while a test runs."""
+    monkeypatch.setattr(_omniglot, "_ALPHABETS", SMALL)
+    monkeypatch.delenv("FOMAML_JAX_DATA", raising=False)
+    return write_small(tmp_path / "small")

@@ -27,11 +27,7 @@ from PIL import Image
 
 from fomaml_jax.datasets import _omniglot, omniglot
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FOMAML_JAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # The true data, where there is any.
@@ -106,13 +102,6 @@ def copy_without(lost, source, target):
 
 
 # A small one of the same form.
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    monkeypatch.setattr(_omniglot, "_ALPHABETS", SMALL)
-    monkeypatch.delenv("FOMAML_JAX_DATA", raising=False)
-    return write_small(tmp_path / "small")
 
 
 def assert_same(one, other):

@@ -11,27 +11,14 @@ from command_line import call, everything
 from omniglot_archives import (
     BACKGROUND,
     EVALUATION,
-    SMALL,
     picture,
     small_members,
-    write_small,
     write_zip,
 )
 
-from fomaml_jax.datasets import _omniglot, _omniglot_drawings, omniglot
+from fomaml_jax.datasets import _omniglot_drawings, omniglot
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FOMAML_JAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    monkeypatch.setattr(_omniglot, "_ALPHABETS", SMALL)
-    monkeypatch.delenv("FOMAML_JAX_DATA", raising=False)
-    return write_small(tmp_path / "small")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,7 @@ import pytest
 
 from fomaml_jax.datasets import ImageClasses, Splits, _store
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FOMAML_JAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def build(seed=0):
