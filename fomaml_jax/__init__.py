@@ -22,6 +22,7 @@ from fomaml_jax.order import Diagnosis, Order, check_order, diagnose
 from fomaml_jax.parallel import over_tasks
 from fomaml_jax.precision import compute_in
 from fomaml_jax.recognition import AdaptedClassifier, adapt_classifier
+from fomaml_jax.regressors import Regressor, load_regressor
 from fomaml_jax.serial import serial_reptile
 from fomaml_jax.starts import prototype_head, starting_from
 from fomaml_jax.training import DivergedError, Trained, train
@@ -62,6 +63,7 @@ __all__ = [
     "Params",
     "PerStep",
     "Plan",
+    "Regressor",
     "StepInfo",
     "Task",
     "TaskInfo",
@@ -82,6 +84,7 @@ __all__ = [
     "learned_rates",
     "load_adapted",
     "load_classifier",
+    "load_regressor",
     "maml",
     "matmul_convolutions",
     "meta_learner",

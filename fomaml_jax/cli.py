@@ -17,6 +17,7 @@ USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder|table] [opti
        fomaml-jax report RUN [RUN ...] [--out FOLDER]
        fomaml-jax adapt RUN --support FOLDER [--query FOLDER] [--save FILE] [options]
        fomaml-jax predict FILE --query FOLDER [options]
+       fomaml-jax predict RUN --file FILE [--out FILE]
 
 Learns an initialisation from many small tasks, and adapts it to new ones from a few examples.
 
@@ -33,7 +34,8 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
   adapt      adapts a trained run, or pretrained:omniglot, to your own classes from one picture of
              each or a few, one folder a class, and recognises them, or none of them, in others;
              pretrained:omniglot knows drawings and symbols on a plain ground, not photographs
-  predict    does so again with what adapt --save has kept
+  predict    does so again with what adapt --save has kept; or, with the run of a table, fills in
+             the target of new groups' rows where it is empty, from the rows where it is known
 
 `fomaml-jax train DATA --help`, `fomaml-jax evaluate --help` and so on list every option.
 Exit codes: 0 done, or terminated with everything saved; 1 a fault of the program (one line says

@@ -258,6 +258,7 @@ def described(problem: Problem) -> dict[str, Any]:
     found: dict[str, Any] = {"digest": digest(problem.splits), "classes": names}
     if isinstance(problem.splits, GroupSplits):
         found["standard"] = list(problem.standard)
+        found["columns"] = {name: list(pair) for name, pair in problem.columns.items()}
     return found
 
 

@@ -15,6 +15,9 @@ from fomaml_jax.types import MetaGradient, Params, TaskInfo, WithRates, WithStat
 class MetaState(NamedTuple):
     """What the outer loop carries from step to step.
 
+    A pytree of arrays, and all there is to keep: any library that saves such trees (Orbax,
+    `flax.serialization`) saves a loop of one's own between two steps. `fj.train` does so by itself.
+
     Attributes:
         params: the shared parameters, from which every task starts.
         opt_state: the outer optimizer's state.

@@ -65,7 +65,8 @@ class Problem:
         moved: which parameters so many steps of adaptation move, `None` for all.
         tasks_at_once: as in `over_tasks`.
         splits: the pictures or groups behind the tasks, or `None`.
-        standard: mean and standard deviation by which targets are standardised.
+        columns: of a table, the target first: mean and standard deviation by which each is
+            standardised.
     """
 
     params: Params
@@ -85,7 +86,12 @@ class Problem:
     moved: Callable[[int], Trainable | None] = lambda num_steps: None
     tasks_at_once: TasksAtOnce = "auto"
     splits: Splits | GroupSplits | None = None
-    standard: tuple[float, float] = (0.0, 1.0)
+    columns: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def standard(self) -> tuple[float, float]:
+        """Mean and standard deviation by which targets are standardised."""
+        return next(iter(self.columns.values()), (0.0, 1.0))
 
 
 def build(chosen: options.Options) -> Problem:
@@ -376,8 +382,7 @@ def _regression(chosen: options.Sinusoid) -> Problem:
 
 
 def _of_groups(chosen: options.Table, table: Table) -> Problem:
-    standard = float(table.mean[0]), float(table.scale[0])
-    inner = optax.chain(optax.clip_by_global_norm(chosen.inner_clip), optax.sgd(chosen.inner_rate))
+    inner = regressors.inner_of(chosen)
     # A small table may have no groups to spare: training is then followed on its own.
     followed = "validation" if len(table.splits.validation.names) else "train"
     return Problem(
@@ -385,7 +390,7 @@ def _of_groups(chosen: options.Table, table: Table) -> Problem:
         start=lambda params: params,
         predict=regressors.predict,
         loss_fn=regressors.squared_error,
-        metric_fn=functools.partial(regressors.absolute_error, unit=standard[1]),
+        metric_fn=functools.partial(regressors.absolute_error, unit=float(table.scale[0])),
         metric=options.metric_of(chosen),
         inner=lambda params: inner,
         meta_gradient=fomaml(regressors.squared_error, inner, chosen.inner_steps),
@@ -395,5 +400,5 @@ def _of_groups(chosen: options.Table, table: Table) -> Problem:
         test=regressors.unseen_tasks(chosen, table, "test"),
         tasks_at_once=None,
         splits=table.splits,
-        standard=standard,
+        columns=table.standards,
     )

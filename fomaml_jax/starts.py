@@ -10,6 +10,7 @@ from fomaml_jax import refusals
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import Batch, MetaGradient, Params, Task, TaskInfo
+from fomaml_jax.variants import in_every_form
 
 
 def starting_from(
@@ -27,7 +28,8 @@ def starting_from(
         meta_gradient: an algorithm for one task, such as `fomaml(...)`.
 
     Returns:
-        A function `(params, task) -> (grads, TaskInfo)`.
+        A function `(params, task) -> (grads, TaskInfo)`, which `tune` can have in all forms of
+        `meta_gradient`.
 
     Raises:
         ValueError: where `prepare` returns another structure, shape or dtype.
@@ -48,16 +50,19 @@ def starting_from(
         Zintgraf et al., `CAVIA <https://arxiv.org/abs/1810.03642>`_, 2019.
     """
 
-    def prepared_meta_gradient(params: Params, task: Task) -> tuple[Params, TaskInfo]:
-        refusals.check_params(params)
-        params = varying(jax.tree.map(jnp.asarray, params), task)
-        start, back = jax.vjp(lambda params: prepare(params, task.support), params)
-        refusals.check_like_params("prepare", start, params)
-        grads, info = meta_gradient(start, task)
-        grads = back(grads)[0]
-        return grads, finite_with(info, grads)
+    def prepared(meta_gradient: MetaGradient) -> MetaGradient:
+        def prepared_meta_gradient(params: Params, task: Task) -> tuple[Params, TaskInfo]:
+            refusals.check_params(params)
+            params = varying(jax.tree.map(jnp.asarray, params), task)
+            start, back = jax.vjp(lambda params: prepare(params, task.support), params)
+            refusals.check_like_params("prepare", start, params)
+            grads, info = meta_gradient(start, task)
+            grads = back(grads)[0]
+            return grads, finite_with(info, grads)
 
-    return prepared_meta_gradient
+        return prepared_meta_gradient
+
+    return in_every_form(meta_gradient, prepared)
 
 
 def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[Any, Any]:

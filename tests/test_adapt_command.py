@@ -125,6 +125,18 @@ def test_a_flat_folder_is_told_about_without_an_accuracy(done, scene, tmp_path):
     assert "folder" not in rows[0]
 
 
+def test_files_that_are_no_pictures_can_be_left_out(done, scene, tmp_path):
+    query = shutil.copytree(scene / "query", tmp_path / "query")
+    (query / "ring" / "notes.txt").write_text("of Tuesday")
+    words = ("--query", query, "--out", tmp_path / "out")
+    refused = call("predict", scene / "mine", *words)
+    assert (refused.code, "notes.txt cannot be read" in refused.err) == (2, True)
+    skipped = call("predict", scene / "mine", *words, "--unreadable", "skip")
+    assert skipped.code == 0, skipped.err
+    assert "1 file left out, such as: " in skipped.err
+    assert table(tmp_path / "out") == table(done.folder)
+
+
 def test_support_pictures_that_are_asked_about_again_do_not_count(done, scene, tmp_path):
     shutil.copytree(scene / "query", tmp_path / "query")
     for name in KNOWN:

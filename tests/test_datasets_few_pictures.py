@@ -147,6 +147,26 @@ def refused(folder, message, error=ValueError, **how):
         few_pictures(folder, **how)
 
 
+def test_files_that_are_no_pictures_can_be_left_out(drawing, tmp_path):
+    for name in ("dash", "ring"):
+        (tmp_path / name).mkdir()
+        drawing.save(tmp_path / name / "b.png")
+    expected = few_pictures(tmp_path)
+    (tmp_path / "dash" / "a.png").write_text("hello")
+    Image.new("L", (20, 20), 77).save(tmp_path / "ring" / "c.png")
+    refused(tmp_path, f"{tmp_path / 'dash' / 'a.png'} cannot be read as an image")
+    with pytest.warns(UserWarning, match="2 files left out, such as: .*dash/a.png cannot be"):
+        found = few_pictures(tmp_path, unreadable="skip")
+    np.testing.assert_array_equal(found.images, expected.images)
+    np.testing.assert_array_equal(found.labels, [0, 1])
+    assert found._replace(images=None, labels=None) == expected._replace(images=None, labels=None)
+    (tmp_path / "ring" / "b.png").unlink()
+    where = tmp_path / "ring"
+    nothing = f"no file in {where} can be read as a picture, such as: {where / 'c.png'} shows no"
+    refused(tmp_path, nothing, unreadable="skip")
+    refused(tmp_path, "unreadable='no' must be one of", unreadable="no")
+
+
 def test_refusals(drawing, tmp_path, monkeypatch):
     refused(tmp_path / "no", f"{tmp_path / 'no'} does not exist, expected", FileNotFoundError)
     refused(tmp_path, f"{tmp_path} holds no pictures, expected a folder of", FileNotFoundError)

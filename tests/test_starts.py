@@ -8,6 +8,7 @@ import pytest
 from problems import assert_close, network, network_problem, one
 
 import fomaml_jax as fj
+from fomaml_jax.variants import variants_of
 
 
 @pytest.mark.usefixtures("float64")
@@ -28,6 +29,18 @@ def test_the_gradient_of_prototypes_is_stopped_and_absent_classes_are_finite():
 
     assert (jax.grad(total)(jnp.ones((2, 3))) == 0).all()
     assert jnp.isfinite(total(jnp.ones((2, 3))))
+
+
+@pytest.mark.usefixtures("float64")
+def test_it_can_be_had_in_every_form_of_the_algorithm():
+    params, tasks = network_problem(1)
+    algorithm = fj.fomaml(network, optax.sgd(0.1), 2)
+    started = fj.starting_from(lambda params, support: jax.tree.map(jnp.tanh, params), algorithm)
+    expected, _ = started(params, one(tasks))
+    forms = variants_of(started)
+    assert set(forms) == set(variants_of(algorithm)) > {"as given"}
+    for form in forms.values():
+        assert_close(form(params, one(tasks))[0], expected, 1e-12)
 
 
 @pytest.mark.usefixtures("float64")

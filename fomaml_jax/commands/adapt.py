@@ -52,8 +52,9 @@ def main(words: list[str]) -> None:
         keep_compiled_programs(asked.compilation_cache)
         classifier = load_classifier(asked.run)
         background = asked.background or background_of(classifier)
-        support = _support(asked.support, classifier, background)
-        query = None if asked.query is None else read(asked.query, classifier.chosen, background)
+        read_as = classifier.chosen, background, asked.unreadable
+        support = _support(asked.support, read(asked.support, *read_as))
+        query = None if asked.query is None else read(asked.query, *read_as)
         adapted = _adapted(classifier, support, background)
         print(_shown(support, background))
         if asked.save is not None:
@@ -78,9 +79,8 @@ def _check_places(asked: Adapt, folder: Path) -> None:
         raise ValueError(f"{asked.save} is there already; pass another --save, or --overwrite")
 
 
-def _support(folder: Path, classifier: Classifier, background: Background) -> Pictures:
-    """The labelled pictures."""
-    found = read(folder, classifier.chosen, background)
+def _support(folder: Path, found: Pictures) -> Pictures:
+    """The labelled pictures, if they can be that."""
     if found.labels is None:
         raise ValueError(
             f"{folder} holds pictures and no class folders: put those of each class into a folder "

@@ -1,4 +1,4 @@
-"""`fomaml-jax predict`: a classifier that was adapted before, on more pictures."""
+"""`fomaml-jax predict`: an adapted classifier on more pictures, or a table's run on new groups."""
 
 import dataclasses
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from fomaml_jax.adapted_files import load_adapted
+from fomaml_jax.commands import predicted_rows
 from fomaml_jax.commands.endings import plain_warnings, refusing
 from fomaml_jax.commands.recognising import Recognise, check_out, read, recognise
 from fomaml_jax.commands.words import parse
@@ -14,7 +15,12 @@ from fomaml_jax.devices import keep_compiled_programs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predict(Recognise):
-    """Recognises pictures by a classifier that fomaml-jax adapt --save has kept."""
+    """Recognises pictures by a classifier that fomaml-jax adapt --save has kept.
+
+    Of a table: fomaml-jax predict RUN --file FILE, with the folder that train table wrote. Rows of
+    FILE where the target is empty are predicted from those of their group where it is known; --out
+    names another file than predictions.csv, --overwrite replaces it.
+    """
 
     adapted: Positional[Path]
     """The file that it wrote."""
@@ -24,11 +30,14 @@ class Predict(Recognise):
 
 def main(words: list[str]) -> None:
     """Predicts, as the words after `predict` say."""
+    if any(word.split("=")[0] == "--file" for word in words):
+        predicted_rows.main(words)
+        return
     asked = parse(Predict, "fomaml-jax predict", words)
     with refusing(), plain_warnings():
         folder = asked.folder
         check_out(folder, overwrite=asked.overwrite)
         keep_compiled_programs(asked.compilation_cache)
         adapted = load_adapted(asked.adapted)
-        query = read(asked.query, adapted.chosen, adapted.background)
+        query = read(asked.query, adapted.chosen, adapted.background, asked.unreadable)
         recognise(adapted, query, asked.query, asked, folder)

@@ -35,6 +35,9 @@ class Recognise:
     others are asked about, or all query pictures together."""
     format: Literal["csv", "jsonl"] = "csv"
     """Of the predictions: a table, or a JSON object a line."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """Files that are no pictures, or drawings without strokes: stop at the first, or leave them out
+    and say so."""
     overwrite: bool = False
     """Replace what an earlier call has written."""
     compilation_cache: Path | None = None
@@ -62,7 +65,12 @@ def check_out(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{folder} holds {strange[0]}, which is no prediction; pass another --out")
 
 
-def read(folder: Path, chosen: options.ImageOptions, background: Background) -> Pictures:
+def read(
+    folder: Path,
+    chosen: options.ImageOptions,
+    background: Background,
+    unreadable: Literal["refuse", "skip"],
+) -> Pictures:
     """The pictures in a folder, as the network was shown its own."""
     if isinstance(chosen, options.Folder):
         if background != "as is":
@@ -70,8 +78,14 @@ def read(folder: Path, chosen: options.ImageOptions, background: Background) -> 
                 f"--background {background}: the run was trained on pictures as they are; leave it "
                 "out"
             )
-        return few_pictures(folder, size=chosen.size, channels=chosen.channels, background="as is")
-    return few_pictures(folder, background=background)
+        return few_pictures(
+            folder,
+            size=chosen.size,
+            channels=chosen.channels,
+            background="as is",
+            unreadable=unreadable,
+        )
+    return few_pictures(folder, background=background, unreadable=unreadable)
 
 
 def recognise(

@@ -91,6 +91,8 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
     if processes.is_first():
         print(table(result))
         print(f"\nThe run is in {folder}: result.json, learning_curve.png and more.")
+        if isinstance(chosen, options.Table):
+            print(f"For other groups: fomaml-jax predict {folder} --file FILE")
 
 
 def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:

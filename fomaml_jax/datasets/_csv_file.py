@@ -19,25 +19,27 @@ class Columns:
 
     Attributes:
         path: the file.
+        header: the names of the columns.
+        cells: `[rows]` of lists, as they are written.
         lines: `[rows]`: where in the file a row is, for who has to mend it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
-        self._names, self._rows, self.lines = _read(self.path)
+        self.header, self.cells, self.lines = _read(self.path)
 
     def check(self, names: Sequence[str]) -> None:
         """Refuses names that the file has not, or has twice."""
         for name in names:
-            there = self._names.count(name)
+            there = self.header.count(name)
             if there != 1:
                 wrong = f"no column {name!r}" if not there else f"{there} columns {name!r}"
-                raise ValueError(f"{self.path} has {wrong}; there are {', '.join(self._names)}")
+                raise ValueError(f"{self.path} has {wrong}; there are {', '.join(self.header)}")
 
     def text(self, name: str) -> list[str]:
         """A column as it is written."""
-        place = self._names.index(name)
-        return [row[place].strip() for row in self._rows]
+        place = self.header.index(name)
+        return [row[place].strip() for row in self.cells]
 
     def numbers(self, name: str) -> np.ndarray:
         """A column as float64, NaN where a cell is missing."""
@@ -48,7 +50,7 @@ class Columns:
         return self._parsed(name, _time, "a number or a date such as 2026-01-31")
 
     def _parsed(self, name: str, parse, expected: str) -> np.ndarray:
-        found = np.full(len(self._rows), np.nan)
+        found = np.full(len(self.cells), np.nan)
         for i, cell in enumerate(self.text(name)):
             if cell.lower() in MISSING:
                 continue

@@ -1,6 +1,7 @@
 """A folder of a few pictures, as a trained network was shown its own."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,7 @@ def few_pictures(
     size: int = 28,
     channels: Literal[1, 3] = 1,
     background: Literal["auto", "light", "dark", "as is"] = "auto",
+    unreadable: Literal["refuse", "skip"] = "refuse",
 ) -> Pictures:
     """Reads a flat folder of pictures, or one of class folders, in any format that Pillow opens.
 
@@ -50,6 +52,8 @@ def few_pictures(
         size: height and width of the images.
         channels: 1 for grey, or 3 for colour, which is read as it is.
         background: of drawings: "light", "dark", or found for each picture ("auto"); or "as is".
+        unreadable: what to do about a file that is no picture, or none of a drawing: "refuse" names
+            the first, "skip" leaves all such out.
 
     Returns:
         `Pictures`, sorted by class and file name.
@@ -59,7 +63,11 @@ def few_pictures(
         FileNotFoundError: a missing folder, one without pictures, or an empty class folder.
         NotADirectoryError: `path` is a file.
         ValueError: pictures beside class folders; a file that is no picture, a picture of fewer
-            than 8 x 8 pixels or too many to unpack, one without strokes; an option out of range.
+            than 8 x 8 pixels or too many to unpack, one without strokes; a class without any that
+            can be read; an option out of range.
+
+    Warns:
+        UserWarning: for files that are skipped.
 
     Example:
         >>> import pathlib, tempfile
@@ -74,28 +82,51 @@ def few_pictures(
     """
     check_choice("channels", channels, (1, 3))
     check_choice("background", background, ("auto", "light", "dark", "as is"))
+    check_choice("unreadable", unreadable, ("refuse", "skip"))
     size = whole_number("size", size, at_least=1)
     if channels == 3 and background != "as is":
         raise ValueError(f"background={background!r} is of drawings in grey: pass 'as is'")
     folder = Path(path).expanduser()
     check_folder(folder, _EXPECTED)
     classes = _classes_in(folder)
-    files = tuple(file for examples in classes.values() for file in examples)
     with cli_extra("few_pictures()"):
         from fomaml_jax.datasets import _image_file
-    images, inverted = np.zeros((len(files), size, size, channels), np.uint8), 0
-    for place, file in enumerate(files):
+
+    def read(file: Path) -> tuple[np.ndarray, bool]:
         _image_file.check_readable(file)
         if background == "as is":
-            images[place], _ = _image_file.read_image(file, size, channels)
-        else:
-            images[place], dark = _image_file.read_strokes(file, size, background)
+            return _image_file.read_image(file, size, channels)[0], False
+        return _image_file.read_strokes(file, size, background)
+
+    images, inverted, files, labels, skipped = [], 0, [], [], []
+    for label, (name, examples) in enumerate(classes.items()):
+        for file in examples:
+            try:
+                image, dark = read(file)
+            except ValueError as error:
+                if unreadable == "refuse":
+                    raise
+                skipped.append(error)
+                continue
+            images.append(image)
+            files.append(file)
+            labels.append(label)
             inverted += dark
-    labels = None
-    if "" not in classes:
-        counts = [len(examples) for examples in classes.values()]
-        labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    return Pictures(images, files, labels, tuple(filter(None, classes)), inverted)
+        if not labels or labels[-1] != label:
+            where = folder / name if name else folder
+            raise ValueError(f"no file in {where} can be read as a picture, such as: {skipped[-1]}")
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} file{'s' * (len(skipped) > 1)} left out, such as: {skipped[0]}",
+            stacklevel=2,
+        )
+    return Pictures(
+        np.stack(images),
+        tuple(files),
+        None if "" in classes else np.array(labels, np.int32),
+        tuple(filter(None, classes)),
+        inverted,
+    )
 
 
 def _classes_in(folder: Path) -> dict[str, list[Path]]:

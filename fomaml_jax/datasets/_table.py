@@ -27,6 +27,12 @@ class Table(NamedTuple):
     mean: np.ndarray
     scale: np.ndarray
 
+    @property
+    def standards(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation of each column by its name."""
+        pairs = zip(self.mean.tolist(), self.scale.tolist(), strict=True)
+        return dict(zip(self.columns, pairs, strict=True))
+
 
 def table(
     path: str | os.PathLike[str],
@@ -101,7 +107,7 @@ def table(
     splits = _dealt(list(by_group), validation, test, seed, file, shots)
     trained_on = values[np.concatenate([by_group[name] for name in splits[0]])]
     mean, scale = _standard(trained_on, columns)
-    standard = np.where(scale > 0, (values - mean) / np.where(scale > 0, scale, 1.0), 0.0)
+    standard = standardised(values, mean, scale)
     filled = np.isnan(standard)
     if count := int(filled[np.concatenate(list(by_group.values()))].sum()):
         _say(f"{count} missing cells have the mean of the training groups")
@@ -203,6 +209,11 @@ def _standard(rows: np.ndarray, columns: Sequence[str]) -> tuple[np.ndarray, np.
     for name in np.array(columns)[constant].tolist():
         _say(f"{name} is the same in all rows to train on, and says nothing")
     return mean, np.where(constant, 0.0, scale)
+
+
+def standardised(values: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Values `[rows, columns]` in standard deviations from the mean; 0 where there is none."""
+    return np.where(scale > 0, (values - mean) / np.where(scale > 0, scale, 1.0), 0.0)
 
 
 def _packed(standard: np.ndarray, by_group: dict[str, np.ndarray]) -> Groups:

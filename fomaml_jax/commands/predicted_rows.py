@@ -1,0 +1,134 @@
+"""`fomaml-jax predict RUN --file FILE`: the rows of new groups, from the few that are known."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from tyro.conf import Positional
+
+from fomaml_jax import runs
+from fomaml_jax.commands.endings import plain_warnings, refusing, say
+from fomaml_jax.commands.words import parse
+from fomaml_jax.datasets import FewRows, few_rows
+from fomaml_jax.devices import keep_compiled_programs
+from fomaml_jax.regressors import Regressor, load_regressor
+
+FAR = 10.0
+"""Standard deviations from the mean in training: a feature is then hardly in the same unit."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictRows:
+    """Predicts rows of a table by a run of fomaml-jax train table, adapted to each group."""
+
+    run: Positional[Path]
+    """The folder that training wrote."""
+    file: Path
+    """A CSV file with the columns of training: of each group some rows whose target is known, and
+    others where it is empty and predicted."""
+    out: Path = Path("predictions.csv")
+    """The file, again with all that is in it, and the predictions in a column of their own."""
+    overwrite: bool = False
+    """Replace what is there."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs, so that the next call starts sooner."""
+
+
+def main(words: list[str]) -> None:
+    """Predicts, as the words after `predict` say."""
+    asked = parse(PredictRows, "fomaml-jax predict", words)
+    with refusing(), plain_warnings():
+        _check_out(asked)
+        keep_compiled_programs(asked.compilation_cache)
+        regressor = load_regressor(asked.run)
+        chosen = regressor.chosen
+        found = few_rows(
+            asked.file,
+            group=chosen.group,
+            target=chosen.target,
+            features=chosen.features,
+            missing=chosen.missing,
+        )
+        column = f"predicted {chosen.target}"
+        if column in found.header:
+            raise ValueError(f"{asked.file} has a column {column!r} already; take it out")
+        _tell_of_far_features(regressor, found)
+        predicted = predictions(regressor, found)
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        _write(asked.out, found, column, predicted)
+        print(_told(regressor, found, runs.finished(asked.run)))
+        print(f"\nThe predictions are in {asked.out}, in the column {column!r}.")
+
+
+def _check_out(asked: PredictRows) -> None:
+    if asked.out.is_dir():
+        raise ValueError(f"{asked.out} is a folder; pass --out with a file")
+    if asked.out.exists() and asked.out.resolve() == asked.file.resolve():
+        raise ValueError(f"{asked.out} is the table itself; pass --out with another file")
+    if asked.out.exists() and not asked.overwrite:
+        raise ValueError(f"{asked.out} is there already; pass another --out, or --overwrite")
+
+
+def predictions(regressor: Regressor, found: FewRows) -> np.ndarray:
+    """`[rows of the file]` targets, NaN where none was asked for."""
+
+    @jax.jit
+    @jax.vmap
+    def of_group(known, targets, weights, asked):
+        return regressor.predict((known, targets), asked, weights=weights)
+
+    by_group = np.asarray(of_group(found.known, found.targets, found.weights, found.asked))
+    real = found.rows >= 0
+    if not np.isfinite(by_group[real]).all():
+        raise ValueError("adaptation diverged; train with a smaller --inner-rate")
+    predicted = np.full(len(found.cells), np.nan)
+    predicted[found.rows[real]] = by_group[real]
+    return predicted
+
+
+def _tell_of_far_features(regressor: Regressor, found: FewRows) -> None:
+    x = np.concatenate([found.known[found.weights > 0], found.asked[found.rows >= 0]])
+    for i, name in enumerate(regressor.chosen.features, start=1):
+        mean, scale = float(regressor.mean[i]), float(regressor.scale[i])
+        far = np.abs(x[:, i - 1] - mean) > FAR * scale
+        if scale > 0 and far.any():
+            say(
+                f"fomaml-jax: {name} is {x[far, i - 1][0]:g} in a row, where it was "
+                f"{mean:.4g} ± {scale:.2g} in training: is it in the same unit?"
+            )
+
+
+def _write(path: Path, found: FewRows, column: str, predicted: np.ndarray) -> None:
+    with (
+        runs.replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow([*found.header, column])
+        for cells, value in zip(found.cells, predicted.tolist(), strict=True):
+            table.writerow([*cells, "" if np.isnan(value) else f"{value:.6g}"])
+
+
+def _told(regressor: Regressor, found: FewRows, result: dict | None) -> str:
+    chosen, known = regressor.chosen, found.weights.sum(1).astype(int)
+    few, many = int(known.min()), int(known.max())
+    from_rows = f"{few}" if few == many else f"{few} to {many}"
+    said = [
+        f"{chosen.target} of {(found.rows >= 0).sum()} rows of {len(found.names)} groups "
+        f"({chosen.group}), each from {from_rows} known rows of its own"
+    ]
+    if alone := [name for name, count in zip(found.names, known, strict=True) if not count]:
+        said.append(
+            f"Of {len(alone)} of them no row is known, such as of {alone[0]!r}: theirs are the "
+            "predictions without adaptation"
+        )
+    if many and few < chosen.shots:
+        said.append(f"Training gave {chosen.shots} rows of a group; fewer mean larger errors")
+    if result is not None:
+        said.append(
+            f"In training's own table, the {result['metric']} was {result['mean']:.3g} ± "
+            f"{result['ci95']:.2g} over {result['num_tasks']} unseen groups"
+        )
+    return "\n".join(said)
