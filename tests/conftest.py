@@ -19,6 +19,25 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+def compile_quickly():
+    """Most of a test's time is compilation: XLA's older code generator takes half of it.
+
+    Without optimisations even a fifth. Only in this process: programs that tests start are compiled
+    as users' are, but for the optimisations. With both variables set, even to nothing and to 0, all
+    tests compile as users do.
+    """
+    quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+    jax.config.update("jax_disable_most_optimizations", quick)
+    # Later versions no longer know the flag, are as quick without, and end where it is set.
+    if "XLA_FLAGS" not in os.environ and jax.__version_info__ < (0, 11):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+            jax.jit(lambda: 0)()  # XLA reads its flags once
+
+
+compile_quickly()
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a shell runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -64,15 +83,7 @@ def omniglot_folder():
 
 
 @pytest.fixture(scope="module")
-def quick_compiles():
-    """For tests whose time is compilation: few optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def kept_compiles(quick_compiles, tmp_path_factory):
+def kept_compiles(tmp_path_factory):
     """What one test compiled serves the next."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

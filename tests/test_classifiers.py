@@ -33,7 +33,7 @@ def pictures():
 
 @pytest.mark.parametrize("head", ["zero", "learned"])
 @pytest.mark.parametrize("learned_rates", [False, True])
-def test_a_classifier_does_what_its_problem_does(head, learned_rates, quick_compiles):
+def test_a_classifier_does_what_its_problem_does(head, learned_rates):
     chosen = dataclasses.replace(CHOSEN, head=head, learned_rates=learned_rates, inner_steps=2)
     built = build(chosen)
     task = sample(built.test)

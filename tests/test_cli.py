@@ -452,7 +452,7 @@ def test_the_command_line_runs_where_jax_has_started_with_other_devices(monkeypa
 
 def python_m(*words, home):
     """`python -m fomaml_jax`, run and with its cache in `home`."""
-    environment = {"FOMAML_JAX_CACHE": str(home), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {"FOMAML_JAX_CACHE": str(home)}
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "fomaml_jax", *words],
         env=os.environ | environment,

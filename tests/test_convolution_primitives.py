@@ -50,7 +50,6 @@ def assert_close(ours, theirs, tolerance):
         np.testing.assert_allclose(one / scale, other / scale, atol=tolerance)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(("shape", "out_channels"), list(itertools.product(IMAGES, (4, 64))))
 @pytest.mark.parametrize("dilation", [(1, 1), (1, 2)])
 def test_every_form_agrees_with_the_native_convolution(shape, out_channels, dilation):

@@ -16,7 +16,7 @@ import pytest
 from command_line import paint_classes
 
 SCALE = Path(__file__).with_name("scale.py")
-QUIET = os.environ | {"PYTHONWARNINGS": "ignore", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+QUIET = os.environ | {"PYTHONWARNINGS": "ignore"}
 
 
 def free_port():

@@ -44,7 +44,7 @@ def test_the_sinusoid_example():
     assert errors[1] < errors[0]
 
 
-@pytest.mark.usefixtures("standard_promotion", "quick_compiles")
+@pytest.mark.usefixtures("standard_promotion")
 def test_the_stream_example(tmp_path):
     example = runpy.run_path(str(ROOT / "examples" / "stream.py"))
     start = example["meta_trained"](jax.random.key(7), steps=30)

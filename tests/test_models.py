@@ -8,8 +8,6 @@ import pytest
 import fomaml_jax as fj
 from fomaml_jax.models import BatchStatistics, max_pool
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

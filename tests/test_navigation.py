@@ -1,7 +1,6 @@
 """The navigation example: its world, its policy gradient and its meta-gradient, computed anew."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,6 @@ import optax
 import pytest
 
 import fomaml_jax as fj
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -191,7 +188,6 @@ def test_a_step_leads_towards_the_goal(navigation):
 def test_the_short_form_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLES / "navigation.py", "--short", "--out", tmp_path],
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

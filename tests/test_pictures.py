@@ -12,8 +12,6 @@ import fomaml_jax as fj
 from fomaml_jax import classifiers, options, pictures, problems, runs
 from fomaml_jax.pictures import ACCENT, INK, RIGHT, WRONG
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = jax.random.key(0)
 
 

@@ -13,8 +13,6 @@ import fomaml_jax as fj
 from fomaml_jax import datasets, heads, options, problems
 from fomaml_jax.datasets import ImageClasses, Splits
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 WAYS, QUERIES, SIZE = 3, 2, 16
 CHOSEN = options.Glyphs(ways=WAYS, train_ways=WAYS, queries=QUERIES, width=4)
 KEY = jax.random.key(5)
@@ -41,7 +39,7 @@ def build(chosen=CHOSEN, splits=SPLITS):
 
 
 @pytest.fixture(scope="module")
-def problem(quick_compiles):
+def problem():
     return build()
 
 

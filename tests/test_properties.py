@@ -61,7 +61,7 @@ def closed_form(algorithm, params, support, query, rate, steps):
     }[algorithm]
 
 
-@pytest.mark.usefixtures("float64", "quick_compiles")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 @pytest.mark.parametrize(
     ("num_tasks", "tasks_at_once", "steps"), [(1, 1, 3), (4, 2, 3), (5, 2, 1), (4, 3, 0)]
@@ -111,7 +111,6 @@ def test_every_path_gives_the_closed_form(
             )
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.integers(2, 6), min_size=2, max_size=6),
@@ -145,7 +144,6 @@ def test_episodes_of_classes_of_any_size(counts, data):
         assert np.bincount(qy, minlength=ways).tolist() == [queries] * ways
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
     ("kind", "num_tasks", "least"),
     [

@@ -56,7 +56,7 @@ def test_what_is_given_goes_over_what_a_recipe_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["paper", "best"])
-def test_a_run_of_each_recipe(recipe, tmp_path, monkeypatch, quick_compiles, standard_promotion):
+def test_a_run_of_each_recipe(recipe, tmp_path, monkeypatch, standard_promotion):
     splits = Splits(noise(9, seed=0), noise(7, seed=1), noise(8, seed=2))
     monkeypatch.setattr(datasets, "omniglot", lambda *args, **kwargs: splits)
     words = ("--recipe", recipe, "--ways", "3", "--queries", "2", "--train-ways", "3")

@@ -24,7 +24,7 @@ LABELS = np.array([0, 1, 2, 0, 1, 0], np.int32)  # three, two and one
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_world(quick_compiles):
+def small_world():
     with small_networks():
         yield
 

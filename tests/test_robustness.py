@@ -21,7 +21,7 @@ KEY = jax.random.key(3)
 
 
 @pytest.fixture(scope="module")
-def classifier(quick_compiles):
+def classifier():
     built = build()
     rng = np.random.default_rng(0)
     params = jax.tree.map(

@@ -29,7 +29,6 @@ from fomaml_jax import training
 from fomaml_jax.tasks import task_keys
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compiles"),
     pytest.mark.usefixtures("standard_promotion"),
 ]
 

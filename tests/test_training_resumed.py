@@ -19,7 +19,6 @@ import fomaml_jax as fj
 from fomaml_jax import checkpoints, training
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compiles"),
     pytest.mark.usefixtures("standard_promotion"),
 ]
 
