@@ -247,7 +247,7 @@ class Table(Options):
     steps: int = 2000
     tasks_per_step: int = 8
     inner_steps: int = 5
-    inner_rate: float = 0.05
+    inner_rate: float = 0.01
     inner_clip: float = 10.0
     """Largest norm of an inner gradient."""
     rate: float = 1e-3

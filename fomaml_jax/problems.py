@@ -22,6 +22,7 @@ from fomaml_jax.learned_rates import learned_rates
 from fomaml_jax.meta_gradients import fomaml
 from fomaml_jax.parallel import TasksAtOnce
 from fomaml_jax.precision import compute_in
+from fomaml_jax.starts import starting_from
 from fomaml_jax.tasks import (
     Augmentation,
     TaskDistribution,
@@ -49,7 +50,8 @@ class Problem:
 
     Attributes:
         params: the shared parameters, before training.
-        start: `(shared params) -> params` to adapt to an unseen task from, its new head included.
+        start: `(shared params, support) -> params` to adapt to an unseen task from: with a new
+            head, or at the level of a group's known rows.
         predict: `(params, x) -> outputs`.
         loss_fn: `(params, batch) -> loss`.
         metric_fn: `(params, batch) -> metric`, what is reported.
@@ -70,7 +72,7 @@ class Problem:
     """
 
     params: Params
-    start: Callable[[Params], Params]
+    start: Callable[[Params, Batch], Params]
     predict: Predict
     loss_fn: LossFn
     metric_fn: MetricFn
@@ -121,7 +123,7 @@ def adapt_path(problem: Problem, num_steps: int) -> Callable[[Params, Batch], Pa
     def adapt_fn(params: Params, support: Batch) -> Params:
         last, info = adapt(
             lambda params, batch: (problem.loss_fn(params, batch), params),
-            problem.start(params),
+            problem.start(params, support),
             support,
             problem.inner(params),
             num_steps,
@@ -277,7 +279,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
 
     return Problem(
         params=classifiers.shared_of(chosen, params),
-        start=lambda shared: classifiers.start_of(chosen, shared, head, chosen.ways),
+        start=lambda shared, _: classifiers.start_of(chosen, shared, head, chosen.ways),
         predict=predict,
         loss_fn=loss_fn,
         metric_fn=accuracy,
@@ -364,7 +366,7 @@ def _regression(chosen: options.Sinusoid) -> Problem:
     inner = optax.chain(optax.clip_by_global_norm(chosen.inner_clip), optax.sgd(chosen.inner_rate))
     return Problem(
         params=net.init(jax.random.key(chosen.seed), jnp.zeros((1, 1))),
-        start=lambda params: params,
+        start=lambda params, _: params,
         predict=predict,
         loss_fn=loss_fn,
         metric_fn=loss_fn,
@@ -387,13 +389,15 @@ def _of_groups(chosen: options.Table, table: Table) -> Problem:
     followed = "validation" if len(table.splits.validation.names) else "train"
     return Problem(
         params=regressors.initial_params(chosen),
-        start=lambda params: params,
+        start=regressors.at_level,
         predict=regressors.predict,
         loss_fn=regressors.squared_error,
         metric_fn=functools.partial(regressors.absolute_error, unit=float(table.scale[0])),
         metric=options.metric_of(chosen),
         inner=lambda params: inner,
-        meta_gradient=fomaml(regressors.squared_error, inner, chosen.inner_steps),
+        meta_gradient=starting_from(
+            regressors.at_level, fomaml(regressors.squared_error, inner, chosen.inner_steps)
+        ),
         outer=lambda steps: outer_optimizer(chosen.rate, steps),
         train=regressors.training_tasks(chosen, table),
         validation=regressors.unseen_tasks(chosen, table, followed),

@@ -18,15 +18,31 @@ from fomaml_jax.types import Batch, Params, Task
 
 NET = models.mlp(hidden=(40, 40))
 
+BELIEVED = 2.0
+"""Of the known rows' level 88 % before training: a logit."""
+
 
 def initial_params(chosen: options.Table) -> Params:
-    """The network's parameters before training."""
-    return NET.init(jax.random.key(chosen.seed), jnp.zeros((1, len(chosen.features))))
+    """The network's parameters before training, and how far a group's level is believed."""
+    network = NET.init(jax.random.key(chosen.seed), jnp.zeros((1, len(chosen.features))))
+    return {"network": network, "level": jnp.zeros(()), "believed": jnp.full((), BELIEVED)}
 
 
 def predict(params: Params, x: jax.Array) -> jax.Array:
     """Standardised features `[rows, features]` to standardised targets `[rows]`."""
-    return cast(jax.Array, NET.apply(params, x))[..., 0]
+    return cast(jax.Array, NET.apply(params["network"], x))[..., 0] + params["level"]
+
+
+def at_level(params: Params, support: Batch) -> Params:
+    """The start for a group: at its own level, as far as known rows are to be believed.
+
+    Groups differ in level first of all, which a few steps of descent on the whole network find less
+    well than a mean does. It is the mean of what the known rows are above the network's
+    predictions, shrunk by a share that is learned: a random intercept.
+    """
+    (x, y), weights = support
+    above = uneven.weighted_mean(y - predict(params, x), weights)
+    return params | {"level": params["level"] + jax.nn.sigmoid(params["believed"]) * above}
 
 
 def squared_error(params: Params, batch: Batch) -> jax.Array:
@@ -100,7 +116,8 @@ class Regressor:
             x: features `[m, features]` of the rows to predict.
             weights: of the known rows, `[n]`; all alike unless given. A row of weight zero is as if
                 it were not there.
-            steps: of adaptation; as in the options unless given.
+            steps: of adaptation, from the level of the known rows on; as in the options unless
+                given.
 
         Returns:
             `[m]` targets.
@@ -125,7 +142,8 @@ class Regressor:
         batch = (self._standardised(known), jnp.where(weights > 0, targets, 0.0)), weights
         adapted = self.params
         if len(known):
-            adapted, _ = adapt(squared_error, adapted, batch, inner_of(self.chosen), steps)
+            start = at_level(self.params, batch)
+            adapted, _ = adapt(squared_error, start, batch, inner_of(self.chosen), steps)
         return self.mean[0] + self.scale[0] * predict(adapted, self._standardised(asked))
 
     def _standardised(self, x: jax.Array) -> jax.Array:

@@ -44,7 +44,7 @@ def test_a_classifier_does_what_its_problem_does(head, learned_rates):
     x, _ = task.query
     logits = jax.jit(classifier.predict)(adapted, x)
     np.testing.assert_allclose(logits, jax.jit(built.predict)(adapted, x), rtol=1e-5)
-    assert_close(classifier.adapt(task.support, steps=0), built.start(built.params), 0)
+    assert_close(classifier.adapt(task.support, steps=0), built.start(built.params, None), 0)
 
 
 def test_balanced_cross_entropy_is_the_mean_over_classes_of_their_means():

@@ -99,7 +99,7 @@ def moved(path, step):
 
 def test_the_head_is_no_shared_parameter_and_starts_at_zero(problem, shared):
     assert set(problem.params["params"]) == {f"{x}{k}" for x in ("conv", "norm") for k in range(4)}
-    started = problem.start(shared)
+    started = problem.start(shared, None)
     head = started["params"].pop("head")
     assert_close(started, shared, 0)
     assert {name: x.shape for name, x in head.items()} == {"kernel": (4, WAYS), "bias": (WAYS,)}
@@ -107,7 +107,7 @@ def test_the_head_is_no_shared_parameter_and_starts_at_zero(problem, shared):
 
 
 def test_with_head_undoes_without_head(problem, shared):
-    started = problem.start(shared)
+    started = problem.start(shared, None)
     head = started["params"]["head"]
     assert_close(heads.with_head(heads.without_head(started), head), started, 0)
 
@@ -201,7 +201,7 @@ def test_a_learned_head_is_a_shared_parameter_and_fits_the_ways(task):
     head = built.params["params"]["head"]
     assert head["kernel"].shape == (4, WAYS)
     assert np.any(head["kernel"])
-    assert_close(built.start(built.params), built.params, 0)
+    assert_close(built.start(built.params, None), built.params, 0)
     grads, _ = jax.jit(built.meta_gradient)(built.params, task)
     assert all(np.any(g) for g in jax.tree.leaves(grads))
     assert len(sample(built.train).support[1]) == WAYS
@@ -228,7 +228,7 @@ def test_the_default_recipes_adapt_every_layer(kind):
 def test_the_path_ends_where_adaptation_ends(problem, shared, task, path):
     @jax.jit
     def adapted(num_steps):
-        start = problem.start(shared)
+        start = problem.start(shared, None)
         return fj.adapt(problem.loss_fn, start, task.support, problem.inner(shared), num_steps)[0]
 
     for steps in range(CHOSEN.inner_steps + 1):
@@ -248,7 +248,7 @@ def test_accuracy_before_adaptation_is_that_of_a_guess(problem, metric, shared, 
     for seed in range(5):
         query = sample(problem.test, jax.random.key(seed)).query
         assert metric(at(path, 0), query) == pytest.approx(1 / WAYS)
-    assert metric(problem.start(problem.params), query) == pytest.approx(1 / WAYS)
+    assert metric(problem.start(problem.params, None), query) == pytest.approx(1 / WAYS)
 
 
 def test_accuracy_is_the_fraction_of_queries_given_their_label(problem, metric, path, task):
@@ -445,7 +445,7 @@ def test_sine_waves_are_regressed_with_clipped_steps():
     chosen = options.Sinusoid(inner_clip=0.5, inner_rate=0.1, shots=4)
     built = problems.build(chosen)
     task = sample(built.test)
-    assert built.start(built.params) is built.params
+    assert built.start(built.params, None) is built.params
     assert len(task.support[0]) == 4
     assert len(task.query[0]) == 100
     assert len(jax.eval_shape(built.train, KEY).query[0]) == chosen.queries
