@@ -25,6 +25,7 @@ import numpy as np
 from fomaml_jax import experiment, options, problems, recipes, runs
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
 from fomaml_jax.devices import use_every_core
+from fomaml_jax.training import Trained
 
 MOST_STEPS = 3
 """Of adaptation, to choose from."""
@@ -149,7 +150,14 @@ def trained(chosen: options.Omniglot, folder: Path) -> tuple[Any, int, float]:
         chosen = saved
     keys = experiment.Keys.of(chosen.seed)
     found = experiment.meta_train(chosen, problem, run, keys, resume=True)
+    check_ended(found)
     return found.state.params, int(found.state.step) * chosen.tasks_per_step, found.seconds
+
+
+def check_ended(found: Trained) -> None:
+    """Ends the benchmark where training was told to stop: what it has learned is not the result."""
+    if found.stopped in ("interrupted", "terminated"):
+        raise SystemExit(f"training was {found.stopped}: there is nothing to judge yet")
 
 
 def _which(row: dict[str, Any]) -> tuple[str, str, int]:

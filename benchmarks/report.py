@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ablations
 import accuracy
 import algorithm_costs
 import algorithms
@@ -47,6 +48,7 @@ BENCHMARKS = {
     "kills": kills,
     "algorithms": algorithms,
     "accuracy": accuracy,
+    "ablations": ablations,
     "protocols": protocols,
     "sinusoid": sinusoid,
     "arrivals": arrivals,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fomaml_jax import options, runs
+from fomaml_jax.training import Trained
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -36,6 +37,10 @@ SHORT = {
         *("--seeds", "0", "--settings", "5w1s", "--steps", "4", "--width", "4"),
         *("--eval-tasks", "4", "--alone-tasks", "2", "--validation-tasks", "3"),
     ],
+    "ablations": [
+        *("--changes", "multi-step loss", "--seeds", "0", "--tasks", "8", "--width", "4"),
+        *("--eval-tasks", "4"),
+    ],
     "protocols": [
         *("--splits", "vinyals", "--settings", "20w1s", "--eval-tasks", "2", "--alone-tasks", "2"),
     ],
@@ -59,7 +64,7 @@ def run(name, *words):
 def test_short_form(name, tmp_path, request):
     out = tmp_path / "result.json"
     words = [*SHORT[name], "--out", str(out)]
-    if name in ("accuracy", "protocols", "shift", "rare_objects"):
+    if name in ("accuracy", "ablations", "protocols", "shift", "rare_objects"):
         request.getfixturevalue("omniglot_folder")
     if name == "accuracy":
         words += ["--runs", str(tmp_path / "runs")]
@@ -121,6 +126,16 @@ def test_accuracies_of_other_options_are_not_mixed(monkeypatch, tmp_path):
     monkeypatch.setattr(accuracy.problems, "build", lambda chosen: None)
     with pytest.raises(SystemExit, match="is of another recipe"):
         accuracy.trained(dataclasses.replace(chosen, steps=8), tmp_path)
+
+
+def test_what_was_told_to_stop_is_no_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import accuracy
+
+    none = None, None, None, []
+    accuracy.check_ended(Trained(*none, "finished", 1.0))
+    with pytest.raises(SystemExit, match="training was terminated: there is nothing to judge"):
+        accuracy.check_ended(Trained(*none, "terminated", 1.0))
 
 
 def test_help():
