@@ -1,13 +1,12 @@
 """What each choice of the best Omniglot recipe is worth: it is trained again without, shorter.
 
-Every row changes one thing; the first changes none. All networks are a half as wide as the recipe's
+Every row changes one thing; the first changes none. All networks are half as wide as the recipe's
 and see as many tasks, a few, with an outer rate that falls over these (unless that is the change).
 They are judged on 20-way 1-shot tasks, transductively, five queries a class, of validation
 characters: test characters choose nothing here either. The steps of adaptation, one to three, are
 chosen on other tasks. A difference is to the first row, in points; its interval is over tasks, and
 the seeds' differences are in brackets: what differs less than these do says nothing. What helps in
-so short a training need not help in a long one. Times are of training with its compilation,
-relative to the first row's, and rough.
+so short a training need not help in a long one.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -208,7 +206,6 @@ def _over_seeds(rows: list[dict[str, Any]], whole: Mapping[int, dict[str, Any]])
         row["found"]["mean"] - other["found"]["mean"]
         for row, other in zip(rows, of_whole, strict=True)
     ]
-    seconds = [row["seconds"] / other["seconds"] for row, other in zip(rows, of_whole, strict=True)]
     return {
         "about": rows[0]["about"],
         "change": rows[0]["change"],
@@ -217,7 +214,6 @@ def _over_seeds(rows: list[dict[str, Any]], whole: Mapping[int, dict[str, Any]])
         "ci95": math.hypot(here["ci95"], there["ci95"]),
         "differences": differences,
         "inner_steps": sorted({row["found"]["inner_steps"] for row in rows}),
-        "time": statistics.mean(seconds),
         "tasks": rows[0]["tasks"],
     }
 
@@ -236,7 +232,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "20w1s, %": lambda row: f"{100 * row['mean']:.1f}",
     "difference": difference,
     "inner steps": lambda row: ", ".join(map(str, row["inner_steps"])),
-    "time": lambda row: f"{row['time']:.1f}",
     "training tasks": lambda row: f"{row['tasks']:,}",
 }
 
