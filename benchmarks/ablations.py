@@ -24,7 +24,6 @@ import accuracy
 import common
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fomaml_jax import experiment, models, options, problems, recipes
@@ -70,7 +69,7 @@ class Ablation:
     instead: Mapping[tuple[Any, str], Any] = dataclasses.field(default_factory=dict)
 
 
-EVERY_STEP = functools.partial(problems.learned_rates, step_weights=jnp.full(3, 1 / 3))
+EVERY_STEP = functools.partial(problems.learned_rates, step_weights=np.full(3, 1 / 3, np.float32))
 
 ABLATIONS = [
     Ablation("", "none"),
@@ -185,6 +184,10 @@ def _which(row: dict[str, Any]) -> tuple[str, str, int]:
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a change, over its seeds, in the order of the changes."""
     whole = {row["seed"]: row for row in rows if not row["about"]}
+    if len({(row["tasks"], row["found"]["tasks"]) for row in rows}) > 1:
+        raise ValueError("rows of other --tasks or --eval-tasks: remove the file, or pass --out")
+    if len({row["config"]["width"] for row in whole.values()}) > 1:
+        raise ValueError("rows of other --width: remove the file, or pass --out")
     summary = []
     for ablation in ABLATIONS:
         of_change = [

@@ -18,14 +18,18 @@ from fomaml_jax.types import Batch, Params, Task
 
 NET = models.mlp(hidden=(40, 40))
 
-BELIEVED = 2.0
-"""Of the known rows' level 88 % before training: a logit."""
+DOUBT = 0.5
+"""Rows that the common level counts for beside a group's known ones, before training."""
 
 
 def initial_params(chosen: options.Table) -> Params:
-    """The network's parameters before training, and how far a group's level is believed."""
-    network = NET.init(jax.random.key(chosen.seed), jnp.zeros((1, len(chosen.features))))
-    return {"network": network, "level": jnp.zeros(()), "believed": jnp.full((), BELIEVED)}
+    """The network's parameters before training, and how far a group's level is doubted."""
+    features = jnp.zeros((1, len(chosen.features)), jnp.float32)
+    return {
+        "network": NET.init(jax.random.key(chosen.seed), features),
+        "level": jnp.zeros((), jnp.float32),
+        "log_doubt": jnp.log(jnp.full((), DOUBT, jnp.float32)),
+    }
 
 
 def predict(params: Params, x: jax.Array) -> jax.Array:
@@ -38,11 +42,13 @@ def at_level(params: Params, support: Batch) -> Params:
 
     Groups differ in level first of all, which a few steps of descent on the whole network find less
     well than a mean does. It is the mean of what the known rows are above the network's
-    predictions, shrunk by a share that is learned: a random intercept.
+    predictions, shrunk as a random intercept is: by n / (n + doubt) for n rows, the doubt learned.
     """
     (x, y), weights = support
     above = uneven.weighted_mean(y - predict(params, x), weights)
-    return params | {"level": params["level"] + jax.nn.sigmoid(params["believed"]) * above}
+    count = weights.sum()
+    believed = count / (count + jnp.exp(params["log_doubt"]))
+    return params | {"level": params["level"] + believed * above}
 
 
 def squared_error(params: Params, batch: Batch) -> jax.Array:
@@ -82,25 +88,25 @@ class Regressor:
     Attributes:
         chosen: the options that it was trained with; `chosen.features` are the columns of a row.
         params: what was meta-learned.
-        mean: `[1 + features]` float32: of the target, then the features, in training.
-        scale: `[1 + features]` float32: their standard deviation; zero for a feature that was the
+        mean: `[1 + features]` float64: of the target, then the features, in training.
+        scale: `[1 + features]` float64: their standard deviation; zero for a feature that was the
             same everywhere, which counts for nothing.
 
     Example:
-        >>> import jax.numpy as jnp, fomaml_jax as fj
+        >>> import numpy as np, fomaml_jax as fj
         >>> from fomaml_jax import options, regressors
         >>> chosen = options.Table(file="visits.csv", group="who", target="y", features=("day",))
         >>> params = regressors.initial_params(chosen)
-        >>> regressor = fj.Regressor(chosen, params, jnp.array([50.0, 3.0]), jnp.array([9.0, 2.0]))
-        >>> known = jnp.array([[0.0], [1.0]]), jnp.array([60.0, 62.0])
-        >>> regressor.predict(known, jnp.array([[2.0], [3.0], [4.0]])).shape
+        >>> regressor = fj.Regressor(chosen, params, np.array([50.0, 3.0]), np.array([9.0, 2.0]))
+        >>> known = [[0.0], [1.0]], [60.0, 62.0]
+        >>> regressor.predict(known, [[2.0], [3.0], [4.0]]).shape
         (3,)
     """
 
     chosen: options.Table
     params: Params
-    mean: jax.Array
-    scale: jax.Array
+    mean: np.ndarray
+    scale: np.ndarray
 
     def predict(
         self, support: Batch, x: Any, *, weights: Any = None, steps: int | None = None
@@ -108,7 +114,8 @@ class Regressor:
         """The targets of further rows of a group, once adapted to those that are known.
 
         Everything is in the units of the table. A missing feature is NaN, and counts as the mean of
-        the training groups.
+        the training groups. NumPy arrays and lists are standardised in float64, JAX arrays in
+        float32, where a time in seconds since 1970 has no more seconds.
 
         Args:
             support: features `[n, features]` and targets `[n]` of the group's known rows, of which
@@ -120,37 +127,70 @@ class Regressor:
                 given.
 
         Returns:
-            `[m]` targets.
+            `[m]` float32 targets.
 
         Raises:
-            ValueError: for rows of another number of features, or targets of another number than
-                the known rows.
+            ValueError: for rows of another number of features, or targets or weights of another
+                number than the known rows.
         """
-        known, y, asked = (jnp.asarray(part, jnp.float32) for part in (*support, x))
+        (known, y), asked = (_as_array(part) for part in support), _as_array(x)
         for rows in (known, asked):
             if rows.shape[1:] != (len(self.chosen.features),):
                 raise ValueError(
                     f"rows must be [n, {len(self.chosen.features)}], for "
                     f"{', '.join(self.chosen.features)}, got {list(rows.shape)}"
                 )
-        if y.shape != known.shape[:1]:
-            raise ValueError(f"targets must be [{len(known)}], one a row, got {list(y.shape)}")
+        weights = jnp.ones(len(known), jnp.float32) if weights is None else _as_array(weights)
+        for name, values in {"targets": y, "weights": weights}.items():
+            if values.shape != known.shape[:1]:
+                raise ValueError(
+                    f"{name} must be [{len(known)}], one a known row, got {list(values.shape)}"
+                )
+        found = self.standardised_targets(
+            (self.standardised(known), self.standardised(y, of_target=True)),
+            self.standardised(asked),
+            weights=jnp.asarray(weights, jnp.float32),
+            steps=steps,
+        )
+        return float(self.mean[0]) + float(self.scale[0]) * found
+
+    def standardised_targets(
+        self, support: Batch, x: jax.Array, *, weights: jax.Array, steps: int | None = None
+    ) -> jax.Array:
+        """`predict`, of what is standardised already."""
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
-        weights = jnp.ones_like(y) if weights is None else jnp.asarray(weights, jnp.float32)
-        targets = (y - self.mean[0]) / self.scale[0]
-        batch = (self._standardised(known), jnp.where(weights > 0, targets, 0.0)), weights
+        known, targets = support
         adapted = self.params
         if len(known):
+            batch = (known, jnp.where(weights > 0, targets, 0.0)), weights
             start = at_level(self.params, batch)
             adapted, _ = adapt(squared_error, start, batch, inner_of(self.chosen), steps)
-        return self.mean[0] + self.scale[0] * predict(adapted, self._standardised(asked))
+        return predict(adapted, x)
 
-    def _standardised(self, x: jax.Array) -> jax.Array:
-        mean, scale = self.mean[None, 1:], self.scale[None, 1:]
+    def standardised(self, values: Any, *, of_target: bool = False) -> jax.Array:
+        """Features `[..., features]`, or targets `[...]`, in standard deviations from the mean.
+
+        In the precision that they come in; the result is float32.
+        """
+        values = _as_array(values)
+        columns = 0 if of_target else slice(1, None)
+        mean, scale = (
+            np.broadcast_to(np.asarray(part[columns], values.dtype), values.shape)
+            for part in (self.mean, self.scale)
+        )
+        space = jnp if isinstance(values, jax.Array) else np
+        apart = (values - mean) / np.where(scale > 0, scale, np.ones_like(scale))
         # The mean, which is zero here, stands for what is missing and for what says nothing.
-        meaningful = jnp.isfinite(x) & (scale > 0)
-        return jnp.where(meaningful, (x - mean) / jnp.where(scale > 0, scale, 1.0), 0.0)
+        meaningful = space.isfinite(apart) & (scale > 0)
+        return jnp.asarray(space.where(meaningful | of_target, apart, 0.0), jnp.float32)
+
+
+def _as_array(values: Any) -> Any:
+    """A JAX array of floats as it is, anything else as NumPy's float64."""
+    if isinstance(values, jax.Array):
+        return values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(jnp.float32)
+    return np.asarray(values, np.float64)
 
 
 def load_regressor(run: str | Path) -> Regressor:
@@ -175,14 +215,14 @@ def load_regressor(run: str | Path) -> Regressor:
         raise ValueError(f"{folder} is a run of {options.name_of(chosen)}, not of a table")
     params = runs.load_parameters(folder, jax.eval_shape(lambda: initial_params(chosen)))
     mean, scale = np.transpose(_standards(folder, (chosen.target, *chosen.features)))
-    return Regressor(chosen, params, jnp.asarray(mean), jnp.asarray(scale))
+    return Regressor(chosen, params, mean, scale)
 
 
 def _standards(folder: Path, columns: tuple[str, ...]) -> np.ndarray:
-    """Mean and standard deviation of each column, `[columns, 2]` float32."""
+    """Mean and standard deviation of each column, `[columns, 2]` float64."""
     try:
         there = json.loads((folder / runs.DATA).read_text())["columns"]
-        found = np.array([there[name] for name in columns], np.float32)
+        found = np.array([there[name] for name in columns], np.float64)
     except (OSError, ValueError, KeyError, TypeError):
         found = np.zeros(())
     if found.shape != (len(columns), 2) or not np.isfinite(found).all():

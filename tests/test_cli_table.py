@@ -63,6 +63,7 @@ def test_every_unseen_group_is_judged_once_in_its_own_units(harvests, problem):
     own_mean = result["baselines"]["the mean of the rows given"]
     np.testing.assert_allclose(own_mean["mean"], np.mean(errors), rtol=1e-5)
     assert "joint pre-training, fine-tuned" in result["baselines"]
+    assert "  at the level of the rows given " in harvests.out
 
 
 def test_the_network_at_each_groups_level_is_judged_as_numpy_would(harvests, problem):
@@ -78,7 +79,7 @@ def test_the_network_at_each_groups_level_is_judged_as_numpy_would(harvests, pro
         x = np.maximum(x @ kernel + bias, 0)
     predicted = (x @ layers[-1][0] + layers[-1][1])[..., 0]
     above = (test.targets - predicted)[:, :2].mean(1, keepdims=True)  # of the two rows given
-    predicted += above / (1 + np.exp(-saved["['believed']"]))
+    predicted += above * 2 / (2 + np.exp(saved["['log_doubt']"]))
     apart = problem.standard[1] * np.abs(predicted - test.targets)
     errors = [row[2:n].mean() for row, n in zip(apart, test.counts, strict=True)]
     np.testing.assert_allclose(harvests.result["before_adaptation"], np.mean(errors), rtol=1e-4)

@@ -159,7 +159,9 @@ def test_files_that_are_no_pictures_can_be_left_out(drawing, tmp_path):
         found = few_pictures(tmp_path, unreadable="skip")
     np.testing.assert_array_equal(found.images, expected.images)
     np.testing.assert_array_equal(found.labels, [0, 1])
-    assert found._replace(images=None, labels=None) == expected._replace(images=None, labels=None)
+    same = {"images": None, "labels": None, "skipped": 2}
+    assert found._replace(**same) == expected._replace(**same)
+    assert (found.skipped, expected.skipped) == (2, 0)
     (tmp_path / "ring" / "b.png").unlink()
     where = tmp_path / "ring"
     nothing = f"no file in {where} can be read as a picture, such as: {where / 'c.png'} shows no"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,6 +142,58 @@ def test_a_feature_in_another_unit_is_told(run, tmp_path):
     assert re.search(r"rain is 1000 in a row, where it was \S+ ± \S+ in training", done.err)
 
 
+def test_large_numbers_of_a_small_spread_keep_their_digits(small_world, tmp_path):
+    """Seconds since 1970, and a target of millions that differs by units."""
+    start, level = 1_700_000_000, 2_000_000
+    rows = [[p, start + 20 * t + p, level + p + 0.5 * t] for p in range(10) for t in range(5)]
+    header = ["plot", "rain", "yield"]
+    file = write(tmp_path / "train.csv", rows, header)
+    columns = ("--group", "plot", "--target", "yield", "--features", "rain", "--time", "rain")
+    run = trained(tmp_path / "run", "table", "--file", file, *columns, *TINY, *OPTIONS)
+    unseen = problems.build(options.from_json(run.result["config"])).splits.test.names
+    of_unseen = [row for row in rows if str(row[0]) in unseen]
+    asked = [[*row[:2], row[2] if row[1] < start + 30 else ""] for row in of_unseen]
+    done, found = predicted(run, tmp_path, asked, header=header)
+    assert done.code == 0, done.err
+    errors = [
+        abs(float(row["predicted yield"]) - true[2])
+        for row, true in zip(found, of_unseen, strict=True)
+        if row["predicted yield"]
+    ]
+    of_run = np.load(run.folder / "per_task.npy")
+    assert np.mean(errors) == pytest.approx(of_run.mean(), rel=1e-3)
+
+
+def test_it_works_compiled_over_groups_and_in_double_precision(run, float64):
+    regressor = fj.load_regressor(run.folder)
+    known, y, asked = [[0.1, 2001.0], [0.2, 2002.0]], [3.0, 4.0], [[-0.3, 2003.0]]
+    expected = regressor.predict((known, y), asked)
+    assert expected.dtype == jnp.float32
+    arrays = [jnp.asarray(part)[None] for part in (known, y, asked)]
+    compiled = jax.jit(jax.vmap(lambda x, y, asked: regressor.predict((x, y), asked)))
+    np.testing.assert_allclose(compiled(*arrays)[0], expected, rtol=1e-5)
+
+
+def test_the_level_is_shrunk_as_a_random_intercept(run):
+    """Without steps: n rows above the network's predictions by as much as n / (n + doubt)."""
+    regressor = fj.load_regressor(run.folder)
+    doubt = float(np.exp(regressor.params["log_doubt"]))
+    base = regressor.predict((np.zeros((0, 2)), []), [[0.1, 2001]])
+    for count in (1, 20):
+        known = [[0.1, 2001]] * count, [float(base[0]) + 4.0] * count
+        raised = regressor.predict(known, [[0.1, 2001]], steps=0)
+        assert float(raised[0] - base[0]) == pytest.approx(4 * count / (count + doubt), rel=1e-3)
+
+
+def test_a_known_row_that_throws_its_group_off_is_told(run, tmp_path):
+    rows = [["a", "2001", "1", "", "3"], ["a", "2002", "1", "", ""]]
+    rows += [["b", "2001", "1", "", "1e39"], ["b", "2002", "1", "", ""]]
+    done, _ = predicted(run, tmp_path, rows)
+    assert done.code == 2
+    assert "yield is 1e+39 in a row" in done.err
+    assert "adaptation to 'b' diverged: look at its known rows" in done.err
+
+
 ROW = ["a", "2001", "1", "", ""]
 REFUSED = {
     "no row to predict": ([["a", "2001", "1", "", "3"]], HEADER, "has no row to predict: leave "),
@@ -181,12 +234,55 @@ def test_other_runs_are_refused(run, sinusoid, tmp_path):
     assert "does not say how yield, rain, year were" in call("predict", old, "--file", file).err
 
 
+def test_the_table_is_not_overwritten_by_another_name_of_it(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path / "new.csv", [ROW])
+    before = file.read_bytes()
+    refused = call("predict", run.folder, "--file", file, "--out", "~/new.csv", "--overwrite")
+    assert (refused.code, file.read_bytes()) == (2, before)
+    assert "is the table itself" in refused.err
+    monkeypatch.chdir(tmp_path)
+    done = call("predict", run.folder, "--file", "~/new.csv", "--out", "deep/er/out.csv")
+    assert done.code == 0, done.err
+    assert len(read(tmp_path / "deep" / "er" / "out.csv")) == 1
+    assert call("predict", run.folder, "--file", file).code == 0
+    assert (tmp_path / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ({"missing": "drpo"}, "missing='drpo' must be one of"),
+        ({"features": []}, "features is empty"),
+        ({"features": ["rain", "rain"]}, "'rain' is named twice"),
+        ({"features": ["yield"]}, "'yield' is named twice"),
+        ({"features": ["plot"]}, "'plot' is the group"),
+    ],
+)
+def test_columns_and_choices_are_checked(how, line, tmp_path):
+    file = write(tmp_path / "new.csv", [ROW])
+    asked = {"group": "plot", "target": "yield", "features": ["rain"]} | how
+    with pytest.raises(ValueError, match=line):
+        fj.datasets.few_rows(file, **asked)
+
+
+def test_weights_are_one_a_known_row(run):
+    known = [[1.0, 2.0], [1.0, 2.0]], [1.0, 2.0]
+    for weights in ([1.0], 1.0, [1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match=r"weights must be \[2\], one a known row, got \["):
+            fj.load_regressor(run.folder).predict(known, [[1.0, 2.0]], weights=weights)
+
+
 @pytest.mark.parametrize(
     ("known", "asked", "line"),
     [
         (([[1.0]], [1.0]), [[1.0, 2.0]], r"rows must be \[n, 2\], for rain, year, got \[1, 1\]"),
         (([[1.0, 2.0]], [1.0]), [1.0, 2.0], r"rows must be \[n, 2\]"),
-        (([[1.0, 2.0]], [1.0, 2.0]), [[1.0, 2.0]], r"targets must be \[1\], one a row, got \[2\]"),
+        (
+            ([[1.0, 2.0]], [1.0, 2.0]),
+            [[1.0, 2.0]],
+            r"targets must be \[1\], one a known row, got \[2\]",
+        ),
     ],
 )
 def test_wrong_shapes_are_refused(known, asked, line, run):

@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tyro.conf import Positional
 
@@ -16,7 +18,9 @@ from fomaml_jax.devices import keep_compiled_programs
 from fomaml_jax.regressors import Regressor, load_regressor
 
 FAR = 10.0
-"""Standard deviations from the mean in training: a feature is then hardly in the same unit."""
+"""Standard deviations from the mean in training: a value is then hardly in the same unit."""
+
+GROUPS_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,9 @@ class PredictRows:
 def main(words: list[str]) -> None:
     """Predicts, as the words after `predict` say."""
     asked = parse(PredictRows, "fomaml-jax predict", words)
+    asked = dataclasses.replace(
+        asked, file=asked.file.expanduser(), out=asked.out.expanduser(), run=asked.run.expanduser()
+    )
     with refusing(), plain_warnings():
         _check_out(asked)
         keep_compiled_programs(asked.compilation_cache)
@@ -54,10 +61,10 @@ def main(words: list[str]) -> None:
         column = f"predicted {chosen.target}"
         if column in found.header:
             raise ValueError(f"{asked.file} has a column {column!r} already; take it out")
-        _tell_of_far_features(regressor, found)
+        _tell_of_other_units(regressor, found)
         predicted = predictions(regressor, found)
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        _write(asked.out, found, column, predicted)
+        _write(asked.out, found, column, predicted, decimals_for(float(regressor.scale[0])))
         print(_told(regressor, found, runs.finished(asked.run)))
         print(f"\nThe predictions are in {asked.out}, in the column {column!r}.")
 
@@ -65,7 +72,7 @@ def main(words: list[str]) -> None:
 def _check_out(asked: PredictRows) -> None:
     if asked.out.is_dir():
         raise ValueError(f"{asked.out} is a folder; pass --out with a file")
-    if asked.out.exists() and asked.out.resolve() == asked.file.resolve():
+    if asked.out.exists() and asked.file.exists() and asked.out.samefile(asked.file):
         raise ValueError(f"{asked.out} is the table itself; pass --out with another file")
     if asked.out.exists() and not asked.overwrite:
         raise ValueError(f"{asked.out} is there already; pass another --out, or --overwrite")
@@ -73,34 +80,54 @@ def _check_out(asked: PredictRows) -> None:
 
 def predictions(regressor: Regressor, found: FewRows) -> np.ndarray:
     """`[rows of the file]` targets, NaN where none was asked for."""
+    known, asked = (regressor.standardised(x) for x in (found.known, found.asked))
+    targets = regressor.standardised(found.targets, of_target=True)
+    groups = (known, targets), asked, jnp.asarray(found.weights)
 
     @jax.jit
-    @jax.vmap
-    def of_group(known, targets, weights, asked):
-        return regressor.predict((known, targets), asked, weights=weights)
+    def of_groups(groups):
+        def of_group(group):
+            known, asked, weights = group
+            return regressor.standardised_targets(known, asked, weights=weights)
 
-    by_group = np.asarray(of_group(found.known, found.targets, found.weights, found.asked))
+        return jax.lax.map(of_group, groups, batch_size=GROUPS_AT_ONCE)
+
+    # In float64: of a target that is large beside its deviation, float32 would leave nothing.
+    by_group = regressor.mean[0] + regressor.scale[0] * np.asarray(of_groups(groups), np.float64)
     real = found.rows >= 0
-    if not np.isfinite(by_group[real]).all():
-        raise ValueError("adaptation diverged; train with a smaller --inner-rate")
+    wild = (real & ~np.isfinite(by_group)).any(1)
+    if wild.any():
+        raise ValueError(
+            f"adaptation to {found.names[int(wild.argmax())]!r} diverged: look at its known rows, "
+            "or train with a smaller --inner-rate"
+        )
     predicted = np.full(len(found.cells), np.nan)
     predicted[found.rows[real]] = by_group[real]
     return predicted
 
 
-def _tell_of_far_features(regressor: Regressor, found: FewRows) -> None:
-    x = np.concatenate([found.known[found.weights > 0], found.asked[found.rows >= 0]])
-    for i, name in enumerate(regressor.chosen.features, start=1):
-        mean, scale = float(regressor.mean[i]), float(regressor.scale[i])
-        far = np.abs(x[:, i - 1] - mean) > FAR * scale
+def _tell_of_other_units(regressor: Regressor, found: FewRows) -> None:
+    known, asked = found.weights > 0, found.rows >= 0
+    features = np.concatenate([found.known[known], found.asked[asked]])
+    columns = [found.targets[known], *features.T]
+    names = regressor.chosen.target, *regressor.chosen.features
+    for name, column, mean, scale in zip(
+        names, columns, regressor.mean, regressor.scale, strict=True
+    ):
+        far = np.abs(column - mean) > FAR * scale
         if scale > 0 and far.any():
             say(
-                f"fomaml-jax: {name} is {x[far, i - 1][0]:g} in a row, where it was "
+                f"fomaml-jax: {name} is {column[far][0]:g} in a row, where it was "
                 f"{mean:.4g} ± {scale:.2g} in training: is it in the same unit?"
             )
 
 
-def _write(path: Path, found: FewRows, column: str, predicted: np.ndarray) -> None:
+def decimals_for(scale: float) -> int:
+    """As many as show a hundred-thousandth of a standard deviation, of numbers of any size."""
+    return max(0, 4 - math.floor(math.log10(scale)))
+
+
+def _write(path: Path, found: FewRows, column: str, predicted: np.ndarray, decimals: int) -> None:
     with (
         runs.replacing(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
@@ -108,7 +135,7 @@ def _write(path: Path, found: FewRows, column: str, predicted: np.ndarray) -> No
         table = csv.writer(file)
         table.writerow([*found.header, column])
         for cells, value in zip(found.cells, predicted.tolist(), strict=True):
-            table.writerow([*cells, "" if np.isnan(value) else f"{value:.6g}"])
+            table.writerow([*cells, "" if np.isnan(value) else f"{value:.{decimals}f}"])
 
 
 def _told(regressor: Regressor, found: FewRows, result: dict | None) -> str:

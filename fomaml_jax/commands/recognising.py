@@ -37,7 +37,7 @@ class Recognise:
     """Of the predictions: a table, or a JSON object a line."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """Files that are no pictures, or drawings without strokes: stop at the first, or leave them out
-    and say so."""
+    and say so (files beside class folders are refused either way)."""
     overwrite: bool = False
     """Replace what an earlier call has written."""
     compilation_cache: Path | None = None
@@ -168,6 +168,7 @@ def _result(
         "calibration": calibration,
         "background": adapted.background,
         "inverted": found.inverted,
+        "skipped": found.skipped,
         "also_in_support": sum(row["in_support"] for row in rows),
         "versions": runs.versions(),
     }

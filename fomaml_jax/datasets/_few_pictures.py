@@ -22,6 +22,7 @@ class Pictures(NamedTuple):
         labels: `[n]` int32, the class of each, or None of a flat folder.
         names: of the classes, sorted.
         inverted: how many had dark strokes on a light ground.
+        skipped: how many files were left out, as no pictures.
     """
 
     images: np.ndarray
@@ -29,6 +30,7 @@ class Pictures(NamedTuple):
     labels: np.ndarray | None
     names: tuple[str, ...]
     inverted: int
+    skipped: int = 0
 
 
 def few_pictures(
@@ -126,6 +128,7 @@ def few_pictures(
         None if "" in classes else np.array(labels, np.int32),
         tuple(filter(None, classes)),
         inverted,
+        len(skipped),
     )
 
 

@@ -7,7 +7,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fomaml_jax.datasets._checks import check_choice
 from fomaml_jax.datasets._csv_file import MISSING, Columns
+from fomaml_jax.datasets._table import check_purposes
 
 
 class FewRows(NamedTuple):
@@ -58,8 +60,8 @@ def few_rows(
 
     Raises:
         FileNotFoundError, IsADirectoryError: no file.
-        ValueError: an empty file, unknown or doubled columns, a cell that is no number, or no row
-            to predict.
+        ValueError: an empty file, unknown or doubled columns, a column for two purposes, a cell
+            that is no number, or no row to predict.
 
     Warns:
         UserWarning: for rows that are left out.
@@ -74,6 +76,8 @@ def few_rows(
         >>> new.names, new.targets.tolist(), new.rows.tolist()
         (('ann', 'bob'), [[5.0, 6.0], [4.0, 0.0]], [[2, 3], [5, -1]])
     """
+    check_choice("missing", missing, ("drop", "mean"))
+    check_purposes(group, (target, *features), None)
     file = Columns(path)
     file.check([group, target, *features])
     names = file.text(group)

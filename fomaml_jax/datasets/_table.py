@@ -98,7 +98,7 @@ def table(
     check_choice("missing", missing, ("drop", "mean"))
     shots, seed = whole_number("shots", shots, at_least=1), whole_number("seed", seed, at_least=0)
     columns = (target, *features)
-    _check_purposes(group, columns, time)
+    check_purposes(group, columns, time)
     file = Columns(path)
     file.check([group, *columns, *([] if time is None else [time])])
     values = np.stack([file.numbers(name) for name in columns], axis=1)
@@ -107,7 +107,7 @@ def table(
     splits = _dealt(list(by_group), validation, test, seed, file, shots)
     trained_on = values[np.concatenate([by_group[name] for name in splits[0]])]
     mean, scale = _standard(trained_on, columns)
-    standard = standardised(values, mean, scale)
+    standard = np.where(scale > 0, (values - mean) / np.where(scale > 0, scale, 1.0), 0.0)
     filled = np.isnan(standard)
     if count := int(filled[np.concatenate(list(by_group.values()))].sum()):
         _say(f"{count} missing cells have the mean of the training groups")
@@ -116,7 +116,8 @@ def table(
     return Table(GroupSplits(*packed), columns, mean, scale)
 
 
-def _check_purposes(group: str, columns: Sequence[str], time: str | None) -> None:
+def check_purposes(group: str, columns: Sequence[str], time: str | None) -> None:
+    """Refuses a column that is to be two things, and a table without features."""
     if len(columns) < 2:
         raise ValueError("features is empty; name at least one column to predict from")
     for place, name in enumerate(columns):
@@ -209,11 +210,6 @@ def _standard(rows: np.ndarray, columns: Sequence[str]) -> tuple[np.ndarray, np.
     for name in np.array(columns)[constant].tolist():
         _say(f"{name} is the same in all rows to train on, and says nothing")
     return mean, np.where(constant, 0.0, scale)
-
-
-def standardised(values: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Values `[rows, columns]` in standard deviations from the mean; 0 where there is none."""
-    return np.where(scale > 0, (values - mean) / np.where(scale > 0, scale, 1.0), 0.0)
 
 
 def _packed(standard: np.ndarray, by_group: dict[str, np.ndarray]) -> Groups:
