@@ -13,8 +13,6 @@ STATISTICS = {
     ONE_AT_A_TIME: "each query normalised beside the support set alone",
 }
 
-BEFORE = "before adaptation"
-
 FEW = 15
 """With fewer tasks the normal distribution's interval is too narrow by a tenth and more."""
 
@@ -22,9 +20,9 @@ FEW = 15
 def table(result: dict[str, Any]) -> str:
     """The result as lines for people: each step of adaptation, then the baselines."""
     percent = result["metric"] == "accuracy"
-    # There the start is no longer the same for every task.
-    start = "at the level of the rows given" if result.get("dataset") == "table" else BEFORE
-    rows = {_after(row["inner_steps"]) or start: row for row in result["per_step"]}
+    of_groups = result.get("dataset") == "table"  # whose start is not the same for every task
+    start = "at the level of the rows given" if of_groups else "before adaptation"
+    rows = {_after(row["inner_steps"], start): row for row in result["per_step"]}
     rows |= {f"the same, {name}": row for name, row in result["otherwise"].items()}
     rows |= result.get("baselines", {})
     decimals = _decimals(abs(row["mean"]) for row in rows.values() if row["mean"] is not None)
@@ -80,5 +78,5 @@ def _decimals(sizes: Iterable[float]) -> int:
     return max(3, 2 - math.floor(math.log10(largest)))
 
 
-def _after(steps: int) -> str:
-    return f"after {steps} step{'s' * (steps > 1)}" if steps else ""
+def _after(steps: int, start: str) -> str:
+    return f"after {steps} step{'s' * (steps > 1)}" if steps else start
