@@ -107,7 +107,7 @@ def episode_problem(predict=product, images=IMAGES):
     loss = classifiers.cross_entropy(product)
     return problems.Problem(
         params=weights,
-        start=lambda params: params,
+        start=lambda params, _: params,
         predict=predict,
         loss_fn=loss,
         metric_fn=loss,
