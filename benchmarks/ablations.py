@@ -75,7 +75,7 @@ ABLATIONS = [
     Ablation("", "none"),
     Ablation("network", "strides instead of max-pooling", {"pooling": "stride"}),
     Ablation("network", "no more channels in the late blocks", {"widening": False}),
-    Ablation("network", "half the channels", {"width": 8}),
+    Ablation("network", "8 channels in the first block", {"width": 8}),
     # In the last block a picture is one pixel: flattened and averaged are the same.
     Ablation("network", "features of any norm", {"features": "flat"}),
     Ablation("network", "a learned head, for 20 ways", {"head": "learned"}),

@@ -29,7 +29,7 @@ def compile_quickly():
     """
     quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
     jax.config.update("jax_disable_most_optimizations", quick)
-    # Later versions no longer know the flag, are as quick without, and end where it is set.
+    # jax 0.12 no longer knows the flag, is about as quick without, and ends where it is set.
     if "XLA_FLAGS" not in os.environ and jax.__version_info__ < (0, 11):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")

@@ -100,6 +100,7 @@ MUTATIONS = [
         "return grads, info",
         "test_starts.py",
     ),
+    Mutation("regressors.py", "believed * above", "above", "test_predicted_rows.py"),
     Mutation(
         "learner.py",
         "if isinstance(meta_gradient, OverTasks) and meta_gradient.skips:",

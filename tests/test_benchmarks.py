@@ -22,7 +22,7 @@ SHORT = {
     "peers": ["--settings", "5w1s", "sinusoid", "--tasks", "2", "--repeats", "1"],
     "frameworks": ["--settings", "5w1s", "--tasks", "2", "--repeats", "1"],
     "memory": ["--steps", "1", "--tasks", "16"],  # one setting, that of both series
-    "scaling": ["--problems", "sinusoid", "--repeats", "1", "--most-tasks", "8"],
+    "scaling": ["--problems", "conv4", "--repeats", "1", "--most-tasks", "8"],
     "kills": ["--data", "glyphs", "--kills", "3", "--steps", "120", "--width", "4"],
     "arrivals": ["--arrivals", "40", "--parts", "2", "--capacity", "10"],
     "algorithm_costs": [
@@ -126,6 +126,30 @@ def test_accuracies_of_other_options_are_not_mixed(monkeypatch, tmp_path):
     monkeypatch.setattr(accuracy.problems, "build", lambda chosen: None)
     with pytest.raises(SystemExit, match="is of another recipe"):
         accuracy.trained(dataclasses.replace(chosen, steps=8), tmp_path)
+
+
+def test_ablations_are_compared_seed_by_seed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import ablations
+
+    def row(about, change, seed, mean, tasks=100, width=16):
+        found = {"mean": mean, "variance": 0.04, "tasks": 400, "inner_steps": 1 + seed}
+        which = {"about": about, "change": change, "seed": seed, "tasks": tasks}
+        return which | {"found": found, "config": {"width": width}}
+
+    whole = [row("", "none", 0, 0.80), row("", "none", 1, 0.84)]
+    other = [row("schedule", "constant", 1, 0.83), row("schedule", "constant", 0, 0.77)]
+    one = row("outer rate", "0.001, a tenth", 1, 0.74)
+    _, schedule, rate = ablations.summarised([one, *other, *whole])
+    assert schedule["difference"] == pytest.approx(-0.02)
+    assert schedule["differences"] == pytest.approx([-0.01, -0.03])
+    assert schedule["ci95"] == pytest.approx(1.96 * (4 * 0.04 / 400 / 4) ** 0.5)
+    assert schedule["inner_steps"] == [1, 2]
+    assert rate["difference"] == pytest.approx(-0.10)  # to the first row of its own seed
+    with pytest.raises(ValueError, match="rows of other --tasks"):
+        ablations.summarised([*whole, row("schedule", "constant", 0, 0.8, tasks=200)])
+    with pytest.raises(ValueError, match="rows of other --width"):
+        ablations.summarised([whole[0], row("", "none", 1, 0.8, width=8)])
 
 
 def test_what_was_told_to_stop_is_no_result(monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 
 from fomaml_jax.datasets._checks import check_choice
 from fomaml_jax.datasets._csv_file import MISSING, Columns
-from fomaml_jax.datasets._table import check_purposes
+from fomaml_jax.datasets._table import by_group, check_purposes
 
 
 class FewRows(NamedTuple):
@@ -91,12 +91,12 @@ def few_rows(
             f"{left} of {len(y)} rows are left out, their group or a feature is missing",
             stacklevel=2,
         )
-    rows = _by_group(names, np.isnan(y) & usable)
+    rows = by_group(names, np.isnan(y) & usable)
     if not rows:
         raise ValueError(
             f"{file.path} has no row to predict: leave {target} empty in rows that have the rest"
         )
-    known = _by_group(names, ~np.isnan(y) & usable)
+    known = by_group(names, ~np.isnan(y) & usable)
     asked, given = _padded(rows, list(rows)), _padded(known, list(rows))
     return FewRows(
         tuple(rows),
@@ -108,13 +108,6 @@ def few_rows(
         file.header,
         file.cells,
     )
-
-
-def _by_group(names: Sequence[str], which: np.ndarray) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for row in np.flatnonzero(which).tolist():
-        found.setdefault(names[row], []).append(row)
-    return found
 
 
 def _padded(rows: dict[str, list[int]], names: Sequence[str]) -> np.ndarray:

@@ -103,16 +103,16 @@ def table(
     file.check([group, *columns, *([] if time is None else [time])])
     values = np.stack([file.numbers(name) for name in columns], axis=1)
     kept, times = _usable(file, group, values, time, missing)
-    by_group = _rows_by_group(file.text(group), kept, times, shots)
-    splits = _dealt(list(by_group), validation, test, seed, file, shots)
-    trained_on = values[np.concatenate([by_group[name] for name in splits[0]])]
+    rows = _rows_by_group(file.text(group), kept, times, shots)
+    splits = _dealt(list(rows), validation, test, seed, file, shots)
+    trained_on = values[np.concatenate([rows[name] for name in splits[0]])]
     mean, scale = _standard(trained_on, columns)
     standard = np.where(scale > 0, (values - mean) / np.where(scale > 0, scale, 1.0), 0.0)
     filled = np.isnan(standard)
-    if count := int(filled[np.concatenate(list(by_group.values()))].sum()):
+    if count := int(filled[np.concatenate(list(rows.values()))].sum()):
         _say(f"{count} missing cells have the mean of the training groups")
     standard[filled] = 0.0
-    packed = (_packed(standard, {name: by_group[name] for name in split}) for split in splits)
+    packed = (_packed(standard, {name: rows[name] for name in split}) for split in splits)
     return Table(GroupSplits(*packed), columns, mean, scale)
 
 
@@ -147,13 +147,19 @@ def _usable(
     return ~np.logical_or.reduce(list(lacking.values())), times
 
 
+def by_group(names: Sequence[str], kept: np.ndarray) -> dict[str, list[int]]:
+    """The rows that are kept, by the group they are of, both in the order of the file."""
+    found: dict[str, list[int]] = {}
+    for row in np.flatnonzero(kept).tolist():
+        found.setdefault(names[row], []).append(row)
+    return found
+
+
 def _rows_by_group(
     names: Sequence[str], kept: np.ndarray, times: np.ndarray, shots: int
 ) -> dict[str, np.ndarray]:
     """The rows of each group that has enough, in the order of time."""
-    found: dict[str, list[int]] = {}
-    for row in np.flatnonzero(kept).tolist():
-        found.setdefault(names[row], []).append(row)
+    found = by_group(names, kept)
     enough = {name: np.array(rows) for name, rows in found.items() if len(rows) > shots}
     if short := len(found) - len(enough):
         one = next(name for name in found if name not in enough)
@@ -212,12 +218,12 @@ def _standard(rows: np.ndarray, columns: Sequence[str]) -> tuple[np.ndarray, np.
     return mean, np.where(constant, 0.0, scale)
 
 
-def _packed(standard: np.ndarray, by_group: dict[str, np.ndarray]) -> Groups:
-    counts = np.array([len(rows) for rows in by_group.values()], np.int32)
+def _packed(standard: np.ndarray, groups: dict[str, np.ndarray]) -> Groups:
+    counts = np.array([len(rows) for rows in groups.values()], np.int32)
     values = np.zeros((len(counts), counts.max(initial=0), standard.shape[1]), np.float32)
-    for place, rows in zip(values, by_group.values(), strict=True):
+    for place, rows in zip(values, groups.values(), strict=True):
         place[: len(rows)] = standard[rows]
-    return Groups(values, counts, tuple(by_group))
+    return Groups(values, counts, tuple(groups))
 
 
 def _say(what: str) -> None:
