@@ -112,11 +112,15 @@ def test_evaluating_on_groups_that_were_trained_on_is_refused(harvests, tmp_path
     assert everything(harvests.folder) == before
 
 
-def test_a_table_in_other_units_is_refused(harvests, tmp_path):
+@pytest.mark.parametrize("column", ["rain", "yield"])
+def test_a_table_in_other_units_is_refused(column, harvests, tmp_path):
     """Standardised, its rows may be the very same."""
     lines = write(tmp_path / "tonnes.csv", "plot 0,2009,,3", "new plot,2000,1,1").read_text()
     header, *rows = lines.splitlines()
-    rows = [",".join([*row.split(",")[:3], str(1000 * float(row.split(",")[3]))]) for row in rows]
+    place, cells = header.split(",").index(column), [row.split(",") for row in rows]
+    for row in cells:
+        row[place] = row[place] and str(1000 * float(row[place]))
+    rows = [",".join(row) for row in cells]
     (tmp_path / "kilograms.csv").write_text("\n".join([header, *rows]) + "\n")
     refused = call("evaluate", harvests.folder, "--file", tmp_path / "kilograms.csv")
     assert refused.code == 2

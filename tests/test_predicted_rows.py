@@ -238,10 +238,11 @@ def test_the_table_is_not_overwritten_by_another_name_of_it(run, tmp_path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     file = write(tmp_path / "new.csv", [ROW])
     before = file.read_bytes()
-    refused = call("predict", run.folder, "--file", file, "--out", "~/new.csv", "--overwrite")
-    assert (refused.code, file.read_bytes()) == (2, before)
-    assert "is the table itself" in refused.err
     monkeypatch.chdir(tmp_path)
+    for name in ("~/new.csv", "new.csv"):
+        refused = call("predict", run.folder, "--file", file, "--out", name, "--overwrite")
+        assert (refused.code, file.read_bytes()) == (2, before)
+        assert "is the table itself" in refused.err
     done = call("predict", run.folder, "--file", "~/new.csv", "--out", "deep/er/out.csv")
     assert done.code == 0, done.err
     assert len(read(tmp_path / "deep" / "er" / "out.csv")) == 1
