@@ -1,13 +1,14 @@
 """Omniglot by the recipes of `fomaml-jax train omniglot --recipe`, judged on unseen characters.
 
 Each recipe is trained with several seeds; its best network serves all ways and shots, the paper's
-has one for each. How many steps a network adapts by, one to three, is chosen on validation
-characters; nothing is chosen on test characters, each of which is turned at random. Transductive:
-the queries of a task are normalised together, as many a class as there are shots, which is what the
-MAML authors' code does, or five; alone: each beside the support set, in fewer tasks. An interval is
-that of the mean over the tasks of all seeds, the extremes of the seeds are in brackets. The
-published numbers are transductive. Minutes are of training, with its compilation and validations.
-What was trained before, in the folder of `--runs`, is gone on with.
+has one for each. How many steps a network adapts by, one to three (or up to as many as in training,
+where those are more), is chosen on validation characters; nothing is chosen on test characters,
+each of which is turned at random. Transductive: the queries of a task are normalised together, as
+many a class as there are shots, which is what the MAML authors' code does, or five; alone: each
+beside the support set, in fewer tasks. An interval is that of the mean over the tasks of all seeds,
+the extremes of the seeds are in brackets. The published numbers are transductive. Minutes are of
+training, with its compilation and validations. What was trained before, in the folder of `--runs`,
+is gone on with.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from fomaml_jax.devices import use_every_core
 from fomaml_jax.training import Trained
 
 MOST_STEPS = 3
-"""Of adaptation, to choose from."""
+"""Of adaptation, to choose from, unless training takes more."""
 
 JUDGED = "eval_tasks", "eval_steps"
 """Options that training does not depend on."""
@@ -76,11 +77,12 @@ def row(asked: argparse.Namespace, ways: int, shots: int, seed: int) -> dict[str
 
     problem = problems.build(chosen)
     keys = experiment.Keys.of(seed)
+    most = max(MOST_STEPS, chosen.inner_steps)
     judge = problems.judge_of(
-        problem, problem.validation, num_steps=MOST_STEPS, num_tasks=asked.validation_tasks
+        problem, problem.validation, num_steps=most, num_tasks=asked.validation_tasks
     )
     validation = [float(x) for x in judge(params, keys.validation).mean]
-    steps = max(range(1, MOST_STEPS + 1), key=lambda k: validation[k])
+    steps = max(range(1, most + 1), key=lambda k: validation[k])
 
     def judged(statistics: str, queries: int, num_tasks: int) -> dict[str, float]:
         problem = problems.build(dataclasses.replace(chosen, queries=queries))

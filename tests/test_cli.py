@@ -440,6 +440,14 @@ def test_help_of_evaluate_lists_its_options():
         assert option in run.out
 
 
+@pytest.mark.parametrize("words", ["-h", "--help", "run --file a.csv --help"])
+def test_help_of_predict_is_of_pictures_and_of_tables(words):
+    run = call("predict", *words.split())
+    assert (run.code, run.err) == (0, "")
+    for option in ("--query", "--unreadable", "--file", "--overwrite"):
+        assert option in run.out
+
+
 def test_the_command_line_runs_where_jax_has_started_with_other_devices(monkeypatch):
     devices = jax.devices()
     monkeypatch.setattr(os, "cpu_count", lambda: len(devices) + 5)

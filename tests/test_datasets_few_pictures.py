@@ -162,6 +162,11 @@ def test_files_that_are_no_pictures_can_be_left_out(drawing, tmp_path):
     same = {"images": None, "labels": None, "skipped": 2}
     assert found._replace(**same) == expected._replace(**same)
     assert (found.skipped, expected.skipped) == (2, 0)
+    drawing.save(tmp_path / "beside.png")
+    refused(tmp_path, f"{tmp_path} holds the file beside.png beside class folders")
+    with pytest.warns(UserWarning, match="3 files left out, such as: .*beside.png beside class"):
+        beside = few_pictures(tmp_path, unreadable="skip")
+    assert (beside.skipped, beside.files) == (3, expected.files)
     (tmp_path / "ring" / "b.png").unlink()
     where = tmp_path / "ring"
     nothing = f"no file in {where} can be read as a picture, such as: {where / 'c.png'} shows no"

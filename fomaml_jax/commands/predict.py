@@ -1,5 +1,6 @@
 """`fomaml-jax predict`: an adapted classifier on more pictures, or a table's run on new groups."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -17,9 +18,7 @@ from fomaml_jax.devices import keep_compiled_programs
 class Predict(Recognise):
     """Recognises pictures by a classifier that fomaml-jax adapt --save has kept.
 
-    Of a table: fomaml-jax predict RUN --file FILE, with the folder that train table wrote. Rows of
-    FILE where the target is empty are predicted from those of their group where it is known; --out
-    names another file than predictions.csv, --overwrite replaces it.
+    Of a table: see below.
     """
 
     adapted: Positional[Path]
@@ -30,6 +29,11 @@ class Predict(Recognise):
 
 def main(words: list[str]) -> None:
     """Predicts, as the words after `predict` say."""
+    if {"-h", "--help"} & {*words}:  # the two forms, one below the other
+        with contextlib.suppress(SystemExit):
+            parse(Predict, "fomaml-jax predict", ["--help"])
+        print()
+        predicted_rows.main(["--help"])
     if any(word.split("=")[0] == "--file" for word in words):
         predicted_rows.main(words)
         return

@@ -36,8 +36,8 @@ class Recognise:
     format: Literal["csv", "jsonl"] = "csv"
     """Of the predictions: a table, or a JSON object a line."""
     unreadable: Literal["refuse", "skip"] = "refuse"
-    """Files that are no pictures, or drawings without strokes: stop at the first, or leave them out
-    and say so (files beside class folders are refused either way)."""
+    """Files that are no pictures, drawings without strokes, or beside class folders: stop at the
+    first, or leave them out and say so."""
     overwrite: bool = False
     """Replace what an earlier call has written."""
     compilation_cache: Path | None = None

@@ -54,8 +54,8 @@ def few_pictures(
         size: height and width of the images.
         channels: 1 for grey, or 3 for colour, which is read as it is.
         background: of drawings: "light", "dark", or found for each picture ("auto"); or "as is".
-        unreadable: what to do about a file that is no picture, or none of a drawing: "refuse" names
-            the first, "skip" leaves all such out.
+        unreadable: what to do about a file that is no picture, or none of a drawing, or that lies
+            beside class folders: "refuse" names the first, "skip" leaves all such out.
 
     Returns:
         `Pictures`, sorted by class and file name.
@@ -90,6 +90,9 @@ def few_pictures(
         raise ValueError(f"background={background!r} is of drawings in grey: pass 'as is'")
     folder = Path(path).expanduser()
     check_folder(folder, _EXPECTED)
+    skipped = _beside_class_folders(folder)
+    if skipped and unreadable == "refuse":
+        raise skipped[0]
     classes = _classes_in(folder)
     with cli_extra("few_pictures()"):
         from fomaml_jax.datasets import _image_file
@@ -100,7 +103,7 @@ def few_pictures(
             return _image_file.read_image(file, size, channels)[0], False
         return _image_file.read_strokes(file, size, background)
 
-    images, inverted, files, labels, skipped = [], 0, [], [], []
+    images, inverted, files, labels = [], 0, [], []
     for label, (name, examples) in enumerate(classes.items()):
         for file in examples:
             try:
@@ -132,17 +135,21 @@ def few_pictures(
     )
 
 
+def _beside_class_folders(folder: Path) -> list[ValueError]:
+    """What is to be said against files that lie beside class folders."""
+    there = visible(folder)
+    strays = [entry for entry in there if not entry.is_dir()]
+    if len(strays) == len(there):  # a flat folder
+        return []
+    what = "beside class folders, expected"
+    return [ValueError(f"{folder} holds the file {f.name} {what} {_EXPECTED}") for f in strays]
+
+
 def _classes_in(folder: Path) -> dict[str, list[Path]]:
     """The files of each class, or of a flat folder those of the class without a name."""
     there = visible(folder)
     if not there:
         raise FileNotFoundError(f"{folder} holds no pictures, expected {_EXPECTED}")
-    folders = [entry for entry in there if entry.is_dir()]
-    if not folders:
+    if not any(entry.is_dir() for entry in there):
         return {"": there}
-    if len(folders) < len(there):
-        stray = next(entry for entry in there if not entry.is_dir())
-        raise ValueError(
-            f"{folder} holds the file {stray.name} beside class folders, expected {_EXPECTED}"
-        )
     return {name: list(examples) for name, examples in list_classes(folder, _EXPECTED).items()}
