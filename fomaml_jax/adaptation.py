@@ -82,9 +82,10 @@ def adapt(
 
     Raises:
         TypeError: for parameters that are not floating-point arrays, an optimizer that is not one,
-            a number of steps that is not an integer, a loss that is not what `has_aux` says.
-        ValueError: for a negative number of steps, an empty batch, a rate that is not finite, a
-            loss that is not a scalar.
+            a number of steps that is not an integer, a loss that is not what `has_aux` says, a
+            state or a key without `has_state`.
+        ValueError: for a negative number of steps, an empty batch, a rate that is a Python number
+            but not a finite one, a loss that is not a scalar.
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
@@ -99,6 +100,7 @@ def adapt(
         Finn, Abbeel, Levine, `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_,
         2017, section 5.2.
     """
+    refusals.check_stateless(has_state, state=state, key=key)
     start, step, merged = inner_loop(
         loss_fn,
         params,
@@ -178,11 +180,13 @@ def inner_loop(
         loss = constant or loss_on(batch_at(inner.step), inner)
         theta = stop(inner.adapted)
         (value, (after, aux)), grads = jax.value_and_grad(loss, has_aux=True)(theta)
+        # Of themselves too: the loss may close over what is differentiated outside.
+        grads = stop(grads)
         updates, opt_state = optimizer.update(
             grads,
             inner.opt_state,
             theta,
-            value=value,
+            value=stop(value),
             grad=grads,
             value_fn=lambda adapted: loss(adapted)[0],
         )
@@ -191,7 +195,9 @@ def inner_loop(
         return InnerState(moved, opt_state, after, inner.step + 1), AdaptInfo(value, aux)
 
     def batch_at(step):
-        return jax.tree.map(lambda x: x[step], support) if per_step_support else support
+        return (
+            jax.tree.map(lambda x: jnp.asarray(x)[step], support) if per_step_support else support
+        )
 
     return start, step, merged
 

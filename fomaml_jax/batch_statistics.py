@@ -78,7 +78,8 @@ def one_at_a_time(
         `predict` does.
 
     Raises:
-        ValueError: where support and query inputs differ in more than the number of examples.
+        ValueError: for `queries_at_once` below 1; where support and query inputs differ in more
+            than the number of examples.
 
     Example:
         >>> import jax.numpy as jnp, fomaml_jax as fj
@@ -95,6 +96,8 @@ def one_at_a_time(
         `On First-Order Meta-Learning Algorithms <https://arxiv.org/abs/1803.02999>`_, 2018,
         section 6.1.
     """
+    if queries_at_once is not None:
+        refusals.check_at_least("queries_at_once", queries_at_once, 1)
 
     def predict_separately(params: Params, inputs: Any) -> jax.Array:
         if not isinstance(inputs, Beside):

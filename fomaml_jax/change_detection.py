@@ -61,7 +61,7 @@ class CusumState(NamedTuple):
 def cusum(
     *, false_alarm_every: float = 1000.0, shift: float = 1.0, window: int = 100
 ) -> ChangeDetector:
-    r"""Hawkins' self-starting CUSUM of the logarithms of losses: finds when they go up.
+    r"""Hawkins' self-starting CUSUM of the logarithms of positive losses: finds when they go up.
 
     Each log-loss is compared with the mean :math:`m` and the standard deviation :math:`s` of the
     :math:`n` before it. If all are normal and alike, then
@@ -87,8 +87,8 @@ def cusum(
             exponentially once there are more; at least 3.
 
     Returns:
-        A `ChangeDetector`. A loss that is not finite is passed over; one of zero counts as the
-        smallest number.
+        A `ChangeDetector`. A loss that is not finite is passed over; one of zero, or below, counts
+        as the smallest number: losses that may be negative (log-densities) need an offset first.
 
     Raises:
         ValueError: for numbers outside of these ranges.
@@ -119,6 +119,7 @@ def cusum(
         return CusumState(none, zero, zero, zero, none)
 
     def step(state: CusumState, loss: jax.Array) -> tuple[CusumState, Change]:
+        loss = jnp.asarray(loss)
         log_loss = jnp.log(jnp.maximum(loss, jnp.finfo(loss.dtype).tiny)).astype(state.mean.dtype)
         total = jnp.maximum(state.statistic + _score(state, log_loss) - allowance, 0)
         since = jnp.where(total > 0, state.since + 1, 0)

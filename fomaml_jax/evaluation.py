@@ -67,7 +67,8 @@ def evaluate(
         An `Evaluation`, the same on every device.
 
     Raises:
-        ValueError: for fewer than 2 tasks, or a metric that is not made of scalars.
+        ValueError: for fewer than 2 tasks, `tasks_at_once` below 1, or a metric that is not made of
+            real scalars.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, fomaml_jax as fj
@@ -138,6 +139,8 @@ def _evaluate(
     tasks_at_once: TasksAtOnce,
     mesh: Mesh | None,
 ) -> Evaluation:
+    refusals.check_tasks_at_once(tasks_at_once)
+
     def one_task(params, index):
         task = task_of(index)
         return jax.tree.map(_scalar, metric_fn(adapt_fn(params, task.support), task.query))
@@ -195,12 +198,13 @@ def paired_difference(one: Evaluation, other: Evaluation) -> Evaluation:
         >>> bool(difference.ci95 < low.ci95)
         True
     """
-    if one.num_tasks != other.num_tasks:
+    # By their shapes: under a transformation the number is an array, which may be traced.
+    ours, theirs = (len(jax.tree.leaves(found.per_task)[0]) for found in (one, other))
+    if ours != theirs:
         raise ValueError(
-            f"the evaluations have {one.num_tasks} and {other.num_tasks} tasks; evaluate both on "
-            "the same"
+            f"the evaluations have {ours} and {theirs} tasks; evaluate both on the same"
         )
-    return _summary(jax.tree.map(jnp.subtract, one.per_task, other.per_task), one.num_tasks)
+    return _summary(jax.tree.map(jnp.subtract, one.per_task, other.per_task), ours)
 
 
 def _summary(per_task: Any, num_tasks: int) -> Evaluation:
@@ -216,6 +220,8 @@ def _scalar(metric: Any) -> jax.Array:
             "take the mean over the query examples"
         )
     metric = jnp.asarray(metric)
+    if jnp.issubdtype(metric.dtype, jnp.complexfloating):
+        raise ValueError(f"metric_fn must return real scalars, got one of dtype {metric.dtype}")
     is_float = jnp.issubdtype(metric.dtype, jnp.floating)
     # A mean of many in few bits would be worth less than its interval.
     return metric if is_float and jnp.finfo(metric.dtype).bits >= 32 else metric.astype(jnp.float32)

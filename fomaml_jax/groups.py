@@ -41,8 +41,9 @@ def from_groups(
 
     Returns:
         `key -> Task`; support and query are pairs `(batch, weights)` as of `uneven.stack_tasks`,
-        with weights `[shots]` and `[queries]`, 1 for a row and 0 for padding. A loss over such
-        pairs is `uneven.weighted_mean(losses, weights)`.
+        with weights `[shots]` and `[queries]` (or fewer, if no group has as many rows after its
+        support), 1 for a row and 0 for padding. A loss over such pairs is
+        `uneven.weighted_mean(losses, weights)`.
 
     Raises:
         ValueError: for counts that do not fit the rows, a group without a row to predict, or values

@@ -123,7 +123,7 @@ def meta_learner(
         else:
             grads, info = meta_gradient(state.params, tasks)
         refusals.check_over_tasks(info)
-        seen = StepInfo.of(info, optax.tree.norm(grads), totals)
+        seen = StepInfo.of(info, norm(grads), totals)
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state.opt_state, state.params, value=seen.loss, grad=grads
         )
@@ -174,6 +174,11 @@ def scheduled_learner(
         return meta_learner(make_meta_gradient(state.step), optimizer).step(state, tasks)
 
     return MetaLearner(initial(optimizer), step)
+
+
+def norm(tree: Params) -> jax.Array:
+    """The global norm, in 32 bits at least: in 16 that of finite gradients may overflow."""
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(accumulator(x.dtype)), tree))
 
 
 def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaState]:

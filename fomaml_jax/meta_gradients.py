@@ -168,7 +168,7 @@ def query_gradients(
 
 @jax.custom_jvp
 def _with_derivative(value: jax.Array, grads: Params, theta: Params) -> jax.Array:
-    """The value, with `grads` for its derivative with respect to `theta`."""
+    """The value, with `grads` for its derivative with respect to `theta`, beside its own."""
     del grads, theta
     return value
 
@@ -177,7 +177,7 @@ def _with_derivative(value: jax.Array, grads: Params, theta: Params) -> jax.Arra
 def _derivative(primals, tangents):
     value, grads, _ = primals
     along = optax.tree.vdot(grads, tangents[2])
-    return value, jnp.asarray(along, value.dtype)
+    return value, tangents[0] + jnp.asarray(along, value.dtype)
 
 
 def maml(
@@ -276,6 +276,7 @@ def maml(
         def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
             _check_task(task)
             params, of_task = opened(shared, task, has_state)
+            refusals.check_params(params)
             _warn_of_infinite_curvature(optimizer, params)
             through = jax.value_and_grad(after_adaptation, has_aux=True)
             (_, (value, seen, state, aux)), grads = through(params, task, of_task)

@@ -1,5 +1,6 @@
 """Is a meta-gradient first order? By comparison with both, and by how far the two are apart."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +69,8 @@ def check_order(
         An `Order`; print it.
 
     Raises:
-        ValueError: for gradients of another structure.
+        TypeError: for an optimizer that is not one.
+        ValueError: for gradients of another structure, a negative number of steps.
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
@@ -82,6 +84,8 @@ def check_order(
         'second'
     """
     refusals.check_params(params)
+    refusals.check_optimizer(optimizer)
+    num_steps = operator.index(refusals.check_num_steps(num_steps))
     loss = refusals.checked_loss(loss_fn, has_aux)
     params = jax.tree.map(jnp.asarray, params)
     if meta_gradient is None:
@@ -150,7 +154,8 @@ def diagnose(
 ) -> Diagnosis:
     """Compares first- and second-order meta-gradients on a meta-batch.
 
-    Where the cosine is near one, second order has nothing to add.
+    Where the cosine is near one, second order has nothing to add. Of a gradient of zero both cosine
+    and ratio are NaN.
 
     Args:
         loss_fn: as for `fomaml`.

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fomaml_jax import refusals
 from fomaml_jax.convolutions import native_convolutions
 from fomaml_jax.manual_axes import varying
+from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import MetaGradient, Params, TaskInfo
 
 TasksAtOnce = int | None | Literal["auto"]
@@ -76,7 +77,8 @@ def over_tasks(
             among whose devices the tasks are shared out. Each device passes its own tasks, and gets
             the mean over those of all; `TaskInfo` is that of its own.
         task_weight: `task -> []`, how much a task counts in the mean gradient (the number of its
-            records, say); at least zero, relative. All tasks count the same unless given.
+            records, say); at least zero, relative. All tasks count the same unless given. A task
+            whose weight is not finite is as one that is not.
 
     Returns:
         A function `(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`.
@@ -85,7 +87,8 @@ def over_tasks(
         TypeError: for a `meta_gradient` that is no function, or returns something else.
         ValueError: for leaves that do not lead with the same number of tasks, no tasks,
             `tasks_at_once` below 1, an unknown `on_nonfinite`, tasks that do not divide among the
-            devices of the mesh, both a mesh and an axis name.
+            devices of the mesh, both a mesh and an axis name; gradients that are not like `params`,
+            a weight that is not a scalar.
 
     Warns:
         UserWarning: on CPU, where the per-task function holds native convolutions, which are
@@ -100,8 +103,7 @@ def over_tasks(
         >>> grads, info.query_loss
         (Array([-1.], dtype=float32), Array([0.125, 1.125], dtype=float32))
     """
-    if tasks_at_once not in ("auto", None):
-        refusals.check_at_least("tasks_at_once", tasks_at_once, 1)
+    refusals.check_tasks_at_once(tasks_at_once)
     refusals.check_choice("on_nonfinite", on_nonfinite, ("skip", "propagate"))
     refusals.check_function("meta_gradient", meta_gradient, "(params, task) -> (grads, TaskInfo)")
 
@@ -124,10 +126,12 @@ def over_tasks(
 
         def one_task(task):
             grads, info = refusals.checked_meta_gradient(meta_gradient(params, task))
+            refusals.check_gradients(grads, params)
             if task_weight is None:
                 return grads, info, jnp.ones((), jnp.float32)
-            weight = jnp.asarray(task_weight(task), jnp.float32)
-            return jax.tree.map(lambda g: _times(weight, g), grads), info, weight
+            weight = refusals.checked_weight(task_weight(task))
+            weighted = jax.tree.map(lambda g: _times(weight, g), grads)
+            return weighted, finite_with(info, weight), weight
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
         start = varying((zeros, jnp.zeros((), jnp.float32)), params, tasks)
@@ -140,7 +144,7 @@ def over_tasks(
     def seeing(params, tasks, see):
         num_tasks = refusals.check_task_axis(tasks)
         refusals.check_params(params)
-        params = jax.tree.map(jnp.asarray, params)
+        params, tasks = jax.tree.map(jnp.asarray, (params, tasks))
         _warn_of_native_convolutions(meta_gradient, params, tasks)
         on_each = functools.partial(mean_meta_gradient, see=see)
         if mesh is None:
@@ -224,7 +228,7 @@ def together(fn: Callable[[Any], Any], tasks: Any) -> Any:
     """`jax.vmap(fn)(tasks)`; a single task is not batched, which compiles to simpler products."""
     if refusals.check_task_axis(tasks) > 1:
         return jax.vmap(fn)(tasks)
-    return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], tasks)))
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], fn(jax.tree.map(lambda x: x[0], tasks)))
 
 
 def resolve(tasks_at_once: TasksAtOnce, num_tasks: int) -> int:

@@ -161,7 +161,7 @@ def checked_loss(loss_fn: LossFn, has_aux: bool, has_state: bool = False) -> Obj
     """The loss function in the form that all have inside, refusing what is not a scalar.
 
     That form is `(params, batch, state, key) -> (loss, (state, aux))`; a loss without state hands
-    on what it is given.
+    on what it is given. Batches of NumPy are those of JAX, whether or not a loop has made them so.
     """
     if not callable(loss_fn):
         form = "(params, batch, state, key)" if has_state else "(params, batch)"
@@ -171,6 +171,7 @@ def checked_loss(loss_fn: LossFn, has_aux: bool, has_state: bool = False) -> Obj
 
     def objective(params: Params, batch: Batch, state: Any = None, key: Any = None):
         loss: Any
+        batch = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, batch)
         if has_state:
             loss, state, aux = _stateful(call(params, batch, state, key), state)
         else:
@@ -209,6 +210,13 @@ def _stateful(out: Any, state: Any) -> tuple[Any, Any, Any]:
     loss, (after, aux) = out
     check_like_params("loss_fn's state", after, state)
     return loss, after, aux
+
+
+def check_stateless(has_state: bool, **given: Any) -> None:
+    """Refuses, without `has_state`, what only a loss with state is given."""
+    for name, value in given.items():
+        if value is not None and not has_state:
+            raise TypeError(f"{name} is given to a loss with state only; pass has_state=True")
 
 
 def check_task_axis(tasks: Any) -> int:
@@ -292,7 +300,33 @@ def checked_meta_gradient(out: Any) -> tuple[Params, TaskInfo]:
             "meta_gradient must return (grads, fomaml_jax.TaskInfo), as fomaml(loss_fn, optimizer, "
             f"num_steps) does, got {_describe(out)}"
         )
+    if (shape := np.shape(out[1].query_loss)) != ():
+        raise ValueError(
+            f"meta_gradient is not one for a single task (its query_loss has shape {shape}, not "
+            "[]); pass it before it is wrapped in over_tasks"
+        )
     return out
+
+
+def check_gradients(grads: Params, params: Params) -> None:
+    """Refuses gradients that cannot be summed for the parameters; their precision may differ."""
+
+    def described(tree):
+        return jax.tree.map(np.shape, tree)
+
+    is_real = [jnp.issubdtype(jnp.result_type(g), jnp.floating) for g in jax.tree.leaves(grads)]
+    if not all(is_real) or described(grads) != described(params):
+        raise ValueError(
+            "meta_gradient must return floating-point gradients of the structure and shapes of "
+            f"params; got {jax.tree.map(jax.typeof, grads)} for {jax.tree.map(jax.typeof, params)}"
+        )
+
+
+def checked_weight(weight: Any) -> jax.Array:
+    """The weight of a task in float32, refusing what is not a scalar."""
+    if np.shape(weight) != ():
+        raise ValueError(f"task_weight must return a scalar, got shape {np.shape(weight)}")
+    return jnp.asarray(weight, jnp.float32)
 
 
 def check_over_tasks(info: TaskInfo) -> None:
@@ -395,6 +429,12 @@ def check_at_least(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_tasks_at_once(value: Any) -> None:
+    """Refuses what is neither a number of tasks nor a word for one."""
+    if not (value is None or (isinstance(value, str) and value == "auto")):
+        check_at_least("tasks_at_once", value, 1)
+
+
 def check_function(name: str, value: Any, form: str) -> None:
     """Refuses what cannot be called."""
     if not callable(value):
@@ -425,11 +465,14 @@ def update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> Clo
 def _factors(closed: ClosedJaxpr):
     """The numbers known while tracing that a product in the jaxpr multiplies by."""
     known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    # What may not be taken, such as a norm clipped to infinity, says nothing.
+    selects = (eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "select_n")
+    optional = {id(x) for eqn in selects for x in eqn.invars}
     for eqn in closed.jaxpr.eqns:
         for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_closed_jaxpr):
             if _is_closed_jaxpr(sub):
                 yield from _factors(sub)
-        if eqn.primitive.name == "mul":
+        if eqn.primitive.name == "mul" and id(eqn.outvars[0]) not in optional:
             for x in eqn.invars:
                 value = x.val if isinstance(x, jex_core.Literal) else known.get(x)
                 if value is not None and not isinstance(value, Tracer):

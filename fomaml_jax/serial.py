@@ -8,7 +8,8 @@ import optax
 
 from fomaml_jax import refusals
 from fomaml_jax.adaptation import adapt
-from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, initial
+from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, initial, norm
+from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import LossFn, Params, Task, TaskInfo
 
 
@@ -91,19 +92,20 @@ def serial_reptile(
             grads, outer_state, state.params, value=value, grad=grads
         )
         moved = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads))
+        info = finite_with(TaskInfo(value, inner.losses, jnp.isfinite(value), aux), grads)
         after = (moved, (outer_state, inner.opt_state if keep_inner_state else None))
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), after, (state.params, state.opt_state)
+            lambda new, old: jnp.where(info.finite, new, old),
+            after,
+            (state.params, state.opt_state),
         )
-        info = TaskInfo(value, inner.losses, finite, aux)
         return MetaState(params, opt_state, state.step + 1), info
 
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
         refusals.check_task_axis(tasks)
         before = state.params
         state, info = jax.lax.scan(one_task, state, tasks)
-        moved = optax.tree.norm(jax.tree.map(jnp.subtract, before, state.params))
+        moved = norm(jax.tree.map(jnp.subtract, before, state.params))
         return state, StepInfo.of(info, moved)
 
     return MetaLearner(init, step)

@@ -56,7 +56,7 @@ def starting_from(
             params = varying(jax.tree.map(jnp.asarray, params), task)
             start, back = jax.vjp(lambda params: prepare(params, task.support), params)
             refusals.check_like_params("prepare", start, params)
-            grads, info = meta_gradient(start, task)
+            grads, info = refusals.checked_meta_gradient(meta_gradient(start, task))
             grads = back(grads)[0]
             return grads, finite_with(info, grads)
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -264,8 +265,8 @@ def random_affine(most: float) -> Augmentation:
         raise ValueError(f"most must be above 0 and below 0.5, got {most}")
 
     def transform(key: jax.Array, image: jax.Array) -> jax.Array:
-        off = jax.random.uniform(key, (2, 2), image.dtype, -most, most)
-        return resampled(image, jnp.eye(2, dtype=image.dtype) + off)
+        off = jax.random.uniform(key, (2, 2), _places_in(image), -most, most)
+        return resampled(image, jnp.eye(2, dtype=off.dtype) + off)
 
     return transform
 
@@ -286,15 +287,21 @@ def resampled(image: jax.Array, matrix: jax.Array) -> jax.Array:
         >>> fj.tasks.resampled(jnp.array([[0.0, 1.0]]), -jnp.eye(2))
         Array([[1., 0.]], dtype=float32)
     """
+    dtype = _places_in(image)
     middle = [(n - 1) / 2 for n in image.shape[:2]]
-    axes = [jnp.arange(2 * m + 1, dtype=image.dtype) - m for m in middle]
+    axes = [jnp.arange(2 * m + 1, dtype=dtype) - m for m in middle]
     apart = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))
-    rows, columns = jnp.einsum("ij,jhw->ihw", matrix, apart, precision="highest")
+    rows, columns = jnp.einsum("ij,jhw->ihw", matrix.astype(dtype), apart, precision="highest")
     where = [rows + middle[0], columns + middle[1]]
-    flat = image.reshape(*image.shape[:2], -1)
+    flat = image.astype(dtype).reshape(*image.shape[:2], -1)
     resample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1, mode="constant")
     moved = jax.vmap(lambda channel: resample(channel, where), in_axes=2, out_axes=2)(flat)
-    return moved.reshape(image.shape)
+    return moved.reshape(image.shape).astype(image.dtype)
+
+
+def _places_in(image: jax.Array) -> Any:
+    """The dtype of places in a picture, which 16 bits would put a good part of a pixel off."""
+    return jnp.float32 if jnp.finfo(image.dtype).bits < 32 else image.dtype
 
 
 def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:
@@ -376,6 +383,8 @@ def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
         raise ValueError(f"ways={ways} is more than the {images.shape[0]} classes there are")
     if counts is not None and np.shape(counts) != images.shape[:1]:
         raise ValueError(f"counts must be [{images.shape[0]}], got shape {np.shape(counts)}")
+    if counts is not None and not jnp.issubdtype(jnp.result_type(counts), jnp.integer):
+        raise ValueError(f"counts must be integers, got dtype {jnp.result_type(counts)}")
     if counts is not None and np.max(counts) > images.shape[1]:
         raise ValueError(
             f"counts says {np.max(counts)} examples, but images has {images.shape[1]} a class"

@@ -39,7 +39,8 @@ def merge(adapted: Params, frozen: Params) -> Params:
 
 def _mask(trainable: Trainable, params: Params) -> Any:
     # Equinox's masks are modules, of booleans, that can be called too.
-    is_mask = all(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(trainable))
+    leaves = jax.tree.leaves(trainable)
+    is_mask = leaves and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
     if callable(trainable) and not is_mask:
         mask = jax.tree.map_with_path(
             lambda path, _: trainable(jax.tree_util.keystr(path, simple=True, separator="/")),

@@ -56,7 +56,7 @@ def stack_tasks(tasks: Sequence[Any]) -> Any:
         most examples of all. A loss over such pairs is `weighted_mean(losses, weights)`.
 
     Raises:
-        ValueError: for no tasks, or batches of different structures or shapes.
+        ValueError: for no tasks, tasks of both kinds, or batches of different structures or shapes.
 
     Example:
         >>> import jax.numpy as jnp, fomaml_jax as fj
@@ -75,9 +75,12 @@ def stack_tasks(tasks: Sequence[Any]) -> Any:
         return jax.tree.map(lambda *x: jnp.stack(x), *(pad_batch(batch, size) for batch in batches))
 
     support, query = stacked("support"), stacked("query")
-    if not any(isinstance(task, KeyedTask) for task in tasks):
+    keyed = [task for task in tasks if isinstance(task, KeyedTask)]
+    if not keyed:
         return Task(support, query)
-    return KeyedTask(support, query, jnp.stack([task.key for task in tasks]))
+    if len(keyed) < len(tasks):
+        raise ValueError("some of the tasks have a key and others none; pass all of one kind")
+    return KeyedTask(support, query, jnp.stack([task.key for task in keyed]))
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -97,11 +100,13 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
         >>> fj.uneven.weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0]))
         Array(2., dtype=float32)
     """
-    if not jnp.issubdtype(values.dtype, jnp.floating):  # such as hits and misses
-        values = values.astype(jnp.float32)
-    weights = weights.astype(values.dtype)
-    each = values.reshape(values.shape[0], -1).mean(1)
+    is_float = jnp.issubdtype(values.dtype, jnp.floating)  # and not hits and misses
+    dtype = values.dtype if is_float else jnp.float32
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32  # 16 bits overflow, or stand still
+    weights = weights.astype(wide)
+    each = values.astype(wide).reshape(values.shape[0], -1).mean(1)
     total = weights.sum()
     # Not by the product alone: zero times NaN is NaN.
     each = jnp.where(weights > 0, each, jnp.zeros_like(each))
-    return (weights * each).sum() / jnp.where(total > 0, total, jnp.ones_like(total))
+    mean = (weights * each).sum() / jnp.where(total > 0, total, jnp.ones_like(total))
+    return mean.astype(dtype)

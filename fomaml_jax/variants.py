@@ -34,7 +34,8 @@ def in_every_form(
 def preferring(variant: str, meta_gradient: MetaGradient) -> MetaGradient:
     """The form of that name, which can still be had in the others."""
     forms = variants_of(meta_gradient)
-    return with_variants(forms[variant], lambda: variants_of(meta_gradient))
+    preferred = forms[variant]
+    return with_variants(lambda params, task: preferred(params, task), lambda: forms)
 
 
 _NAME = "variants"

@@ -48,8 +48,20 @@ MUTATIONS = [
     ),
     Mutation(
         "adaptation.py",
-        "lambda x: x[step], support",
-        "lambda x: x[0], support",
+        "grads = stop(grads)",
+        "grads = grads",
+        "test_adaptation.py",
+    ),
+    Mutation(
+        "meta_gradients.py",
+        "return value, tangents[0] + jnp.asarray(along, value.dtype)",
+        "return value, jnp.asarray(along, value.dtype)",
+        "test_meta_gradients.py",
+    ),
+    Mutation(
+        "adaptation.py",
+        "lambda x: jnp.asarray(x)[step], support",
+        "lambda x: jnp.asarray(x)[0], support",
         "test_serial.py test_adaptation.py test_meta_gradients.py",
     ),
     Mutation(

@@ -43,6 +43,34 @@ def test_first_order_derivative_is_the_identity(optimizer):
     np.testing.assert_array_equal(jax.jacfwd(adapted)(flat), identity)
 
 
+def test_inner_gradients_are_constants_of_what_the_loss_closes_over_too():
+    """Such as features of a network outside, or a centre that is learned."""
+
+    def adapted(centre, first_order):
+        loss = lambda theta, batch: 0.5 * jnp.sum((theta - centre * batch) ** 2)
+        theta, _ = fj.adapt(
+            loss, jnp.zeros(1), jnp.ones(1), optax.sgd(0.5), 1, first_order=first_order
+        )
+        return theta[0]
+
+    assert jax.grad(adapted)(1.0, True) == 0
+    assert jax.grad(adapted)(1.0, False) == 0.5
+
+
+def test_batches_of_numpy_are_batches_of_jax():
+    """Also where there is no loop that would make them so."""
+    pick = lambda params, batch: (params - batch[jnp.argmin(params[None])]).sum() ** 2
+    support = np.arange(6.0, dtype=np.float32).reshape(3, 2)
+    theta, sgd = jnp.zeros(()), optax.sgd(0.1)
+    expected, _ = fj.adapt(pick, theta, jnp.asarray(support), sgd, 3, per_step_support=True)
+    assert_close(fj.adapt(pick, theta, support, sgd, 3, per_step_support=True)[0], expected)
+    task = fj.Task(support[:1], support[:1])
+    for found in (fj.fomaml(pick, sgd, 0), fj.maml(pick, sgd, 0), fj.reptile(pick, sgd, 0)):
+        assert found(theta, task)[1].finite
+    tasks = jax.tree.map(lambda x: x[None], task)
+    assert fj.over_tasks(fj.fomaml(pick, sgd, 1))(theta, tasks)[1].finite.all()
+
+
 def test_aux_of_every_step():
     params, tasks = network_problem(1)
     with_path = lambda params, batch: (network(params, batch), params)

@@ -83,6 +83,11 @@ def test_a_task_that_is_not_finite_shows():
 def test_refusals():
     with pytest.raises(ValueError, match="num_tasks must be an integer of at least 2, got 1"):
         evaluate(num_tasks=1)
+    for wrong in (0, True, -1, "all"):
+        with pytest.raises(ValueError, match="tasks_at_once must be an integer of at least 1"):
+            evaluate(tasks_at_once=wrong)
+    with pytest.raises(ValueError, match="must return real scalars, got one of dtype complex64"):
+        fj.evaluate(lambda p, s: s, lambda a, q: 3j, (), normal_task, jax.random.key(0))
     with pytest.raises(ValueError, match=r"must return scalars, got an array of shape \(1,\)"):
         fj.evaluate(lambda p, s: s, lambda a, q: a, (), normal_task, jax.random.key(0))
 
@@ -98,8 +103,11 @@ def test_a_paired_difference_has_the_variance_of_the_differences():
     np.testing.assert_allclose(
         found.ci95["score"], 1.96 * gap.std(ddof=1) / np.sqrt(200), rtol=1e-3
     )
+    compiled = jax.jit(fj.paired_difference)(one, other)  # the number of tasks is a leaf
+    assert_close(compiled.ci95, found.ci95, 1e-5)
+    short = other._replace(per_task={"score": jnp.zeros(3)})
     with pytest.raises(ValueError, match="200 and 3 tasks; evaluate both on the same"):
-        fj.paired_difference(one, other._replace(num_tasks=3))
+        fj.paired_difference(one, short)
 
 
 def test_metrics_of_few_bits_are_averaged_in_float32():

@@ -115,6 +115,23 @@ def test_a_learned_rate_keeps_its_gradient():
     assert_close(jax.grad(query_loss)(0.1), expected)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("make", [fj.fomaml, fj.reptile, fj.maml])
+def test_the_query_loss_keeps_its_gradient_in_what_is_not_adapted(make):
+    """In the query batch; and, inner gradients being constants, in a temperature t of the loss."""
+    theta, support, query, t = jnp.zeros(()), jnp.ones(1), -jnp.ones(1), 2.0
+
+    def query_loss(query, t):
+        loss = lambda theta, centre: t * 0.5 * jnp.sum((theta - centre) ** 2)
+        return make(loss, optax.sgd(0.25), 1)(theta, fj.Task(support, query))[1].query_loss
+
+    adapted = 0.25 * t  # by one step from zero, on the way to one
+    of_query, of_temperature = jax.grad(query_loss, argnums=(0, 1))(query, t)
+    assert_close(of_query, jnp.array([-t * (adapted + 1)]))
+    direct, through = 0.5 * (adapted + 1) ** 2, t * (adapted + 1) * 0.25
+    assert_close(of_temperature, direct + through if make is fj.maml else direct)
+
+
 @algorithms
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_structure_and_dtypes_are_kept(algorithm, dtype):

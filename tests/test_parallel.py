@@ -262,3 +262,24 @@ def test_weights_beyond_the_range_of_a_gradient_leave_it_finite():
     queries = jnp.array([[1.0], [2.0]], jnp.float16)
     grads, _ = weighted(jnp.ones(3, jnp.float16), fj.Task(queries, queries))
     assert_close(grads, jnp.full(3, 5 / 3, jnp.float16), 1e-3)
+
+
+@pytest.mark.makes_nans
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_a_weight_that_is_not_finite_leaves_its_task_out(wrong):
+    params, tasks = network_problem(2)
+    tasks = tasks._replace(query=(tasks.query, jnp.array([[2.0], [wrong]])))
+    per_task = lambda params, task: FOMAML(params, task._replace(query=task.query[0]))
+    weighted = fj.over_tasks(per_task, task_weight=lambda task: task.query[1][0])
+    grads, info = weighted(params, tasks)
+    assert info.finite.tolist() == [True, False]
+    assert_close(grads, per_task(params, one(tasks))[0], 1e-6)
+
+
+@plans
+def test_plain_numbers_beside_a_loss_come_from_every_plan(tasks_at_once):
+    params, tasks = network_problem(3)
+    loss = lambda params, batch: (network(params, batch), {"examples": len(batch[0])})
+    per_task = fj.fomaml(loss, optax.sgd(0.1), 1, has_aux=True)
+    _, info = fj.over_tasks(per_task, tasks_at_once=tasks_at_once)(params, tasks)
+    assert info.aux["examples"].tolist() == 3 * [len(one(tasks).query[0])]

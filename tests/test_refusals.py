@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import network, network_problem, one
+from problems import assert_close, network, network_problem, one
 
 import fomaml_jax as fj
 
@@ -55,6 +55,68 @@ REFUSED = {
         lambda: fj.maml(network, SGD, jnp.array(3)),
         TypeError,
         "num_steps must be a Python int",
+    ),
+    "a Python number for a parameter of maml": (
+        lambda: fj.maml(network, SGD, 1)({"w": 1.0}, TASK),
+        TypeError,
+        r"params\['w'\] is a float, not an array",
+    ),
+    "a state without has_state": (
+        lambda: adapt(state=jnp.ones(4)),
+        TypeError,
+        "state is given to a loss with state only; pass has_state=True",
+    ),
+    "a key without has_state": (
+        lambda: adapt(key=jax.random.key(0)),
+        TypeError,
+        "key is given to a loss with state only",
+    ),
+    "the order of negative steps": (
+        lambda: fj.check_order(network, PARAMS, TASK, SGD, -3, PARAMS),
+        ValueError,
+        "num_steps .* at least 0, got -3",
+    ),
+    "the order of no optimizer": (
+        lambda: fj.check_order(network, PARAMS, TASK, 0.5, 1, PARAMS),
+        TypeError,
+        "optimizer must be an optax.GradientTransformation, got 0.5",
+    ),
+    "gradients of another shape": (
+        lambda: fj.over_tasks(lambda p, t: (jnp.ones(3), fomaml()[1]))(PARAMS, TASKS),
+        ValueError,
+        "must return floating-point gradients of the structure and shapes of params",
+    ),
+    "gradients that are integers": (
+        lambda: fj.over_tasks(lambda p, t: (INTEGERS, fomaml()[1]))(PARAMS, TASKS),
+        ValueError,
+        "must return floating-point gradients",
+    ),
+    "a weight for every example": (
+        lambda: over_tasks(TASKS, task_weight=lambda task: task.support[1][:, 0]),
+        ValueError,
+        r"task_weight must return a scalar, got shape \(",
+    ),
+    "a start for many tasks": (
+        lambda: fj.starting_from(lambda p, s: p, fj.over_tasks(fj.fomaml(network, SGD, 1)))(
+            PARAMS, TASKS
+        ),
+        ValueError,
+        r"not one for a single task \(its query_loss has shape \(3,\)",
+    ),
+    "no query at once": (
+        lambda: fj.batch_statistics.one_at_a_time(lambda p, x: x, queries_at_once=0),
+        ValueError,
+        "queries_at_once must be an integer of at least 1, got 0",
+    ),
+    "tasks with a key and without": (
+        lambda: fj.uneven.stack_tasks([TASK, fj.KeyedTask(*TASK, jax.random.key(0))]),
+        ValueError,
+        "some of the tasks have a key and others none",
+    ),
+    "counts that are no integers": (
+        lambda: episodes(np.zeros((4, 5, 2)), counts=np.full(4, 2.9, np.float32)),
+        ValueError,
+        "counts must be integers, got dtype float32",
     ),
     "more steps than batches": (
         lambda: adapt(support=cut(TASK.support, 2), steps=jnp.array(4), per_step_support=True),
@@ -270,5 +332,7 @@ def test_a_rate_that_is_traced_is_left_to_run_time():
     assert jnp.isfinite(grads["w1"]).all()
 
 
-def test_clipping_by_infinity_is_no_infinite_rate():
-    fomaml(optimizer=optax.chain(optax.clip(np.inf), SGD))
+@pytest.mark.parametrize("clip", [optax.clip, optax.clip_by_global_norm])
+def test_clipping_by_infinity_is_no_infinite_rate(clip):
+    clipped, _ = fomaml(optimizer=optax.chain(clip(np.inf), SGD))
+    assert_close(clipped, fomaml()[0], 1e-6)

@@ -78,3 +78,17 @@ def test_the_outer_optimizer_is_told_the_loss():
     state, info = jax.jit(learner.step)(learner.init(params), tasks)
     (_, seen), _ = state.opt_state
     assert_close(seen.best_value, info.tasks.query_loss.min(), 1e-6)
+
+
+def test_a_norm_beyond_float16_is_no_divergence():
+    """Of 300,000 finite gradients of a half."""
+    params = jnp.zeros(300_000, jnp.float16)
+    loss = lambda theta, batch: jnp.sum((theta - batch).astype(jnp.float32) ** 2) / 2
+    tasks = fj.Task(jnp.ones((1, 1), jnp.float16), jnp.ones((1, 1), jnp.float16))
+    serial = fj.serial_reptile(loss, optax.sgd(0.5), 1, optax.sgd(1.0))
+    at_once = fj.meta_learner(fj.over_tasks(fj.reptile(loss, optax.sgd(0.5), 1)), optax.sgd(1.0))
+    for learner in (serial, at_once):
+        state, info = learner.step(learner.init(params), tasks)
+        assert int(info.num_finite) == 1
+        assert state.params[0] == 0.5
+        assert_close(info.grad_norm, 0.5 * 300_000**0.5, 1e-5)

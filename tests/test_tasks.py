@@ -161,6 +161,15 @@ def test_random_affine_is_what_scipy_makes_of_the_same_matrix(channels):
     np.testing.assert_allclose(found, np.stack(expected, -1), atol=1e-4)
 
 
+def test_random_affine_finds_its_places_in_more_than_16_bits():
+    image = jnp.asarray(np.random.default_rng(0).random((84, 84)), jnp.bfloat16)
+    transform = jax.jit(fj.tasks.random_affine(0.2))
+    found = transform(jax.random.key(0), image)
+    assert found.dtype == jnp.bfloat16
+    expected = transform(jax.random.key(0), image.astype(jnp.float32))
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.004)  # half a last bit
+
+
 @pytest.mark.parametrize("most", [0, -0.1, 0.5, float("nan")])
 def test_random_affine_refuses_what_could_turn_a_picture_inside_out(most):
     with pytest.raises(ValueError, match=rf"^most must be above 0 and below 0\.5, got {most}$"):

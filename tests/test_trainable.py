@@ -151,3 +151,11 @@ def test_what_is_frozen_is_not_in_the_loop():
     (whole,), (head,) = loops(), loops(trainable=HEAD)
     assert "tanh" in whole
     assert "tanh" not in head
+
+
+def test_a_function_that_is_a_pytree_is_a_function():
+    params, tasks = network_problem(1)
+    head = jax.tree_util.Partial(lambda path: path in ("w2", "b2"))
+    expected = fj.fomaml(network, optax.sgd(0.1), 1, trainable=HEAD)(params, one(tasks))
+    found = fj.fomaml(network, optax.sgd(0.1), 1, trainable=head)(params, one(tasks))
+    assert_close(found, expected)

@@ -10,7 +10,7 @@ from problems import quadratic
 
 import fomaml_jax as fj
 from fomaml_jax import tuning
-from fomaml_jax.variants import in_every_form
+from fomaml_jax.variants import in_every_form, preferring, variants_of
 
 
 def image_loss(params, batch):
@@ -140,3 +140,15 @@ def test_wrapped_forms_keep_their_names():
     task = jax.tree.map(lambda x: x[0], tasks)
     expected = fj.fomaml(quadratic, optax.sgd(0.1), 2)(2 * params + 2, task)[0]
     np.testing.assert_allclose(plan.meta_gradient(params + 1, task)[0], expected, rtol=1e-6)
+
+
+def test_a_preferred_form_leaves_the_function_alone():
+    params, tasks = vector_tasks(2)
+    task = jax.tree.map(lambda x: x[0], tasks)
+    plain = lambda params, task: (params, None)
+    assert preferring("as given", plain)(params, task) == (params, None)
+    assert variants_of(plain) == {"as given": plain}
+    given = fj.fomaml(quadratic, optax.sgd(0.1), 2)
+    unrolled = preferring("unrolled", given)
+    assert list(variants_of(unrolled)) == list(variants_of(given))
+    np.testing.assert_allclose(unrolled(params, task)[0], given(params, task)[0], rtol=1e-6)

@@ -144,3 +144,12 @@ def test_keys_stay_with_their_tasks():
     stacked = fj.uneven.stack_tasks(tasks)
     assert isinstance(stacked, fj.KeyedTask)
     assert (stacked.key == keys).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "value", "dtype"),
+    [(100, 1000, jnp.float16), (70_000, 0.5, jnp.float16), (257, 3, jnp.bfloat16)],
+)
+def test_a_mean_of_few_bits_neither_overflows_nor_stands_still(count, value, dtype):
+    found = fj.uneven.weighted_mean(jnp.full(count, value, dtype), jnp.ones(count))
+    assert (found, found.dtype) == (value, dtype)
