@@ -162,7 +162,8 @@ def _pretrain_on_points(chosen: options.Options, problem: Problem, fit: Fit) -> 
         later = problem.splits.train.counts - chosen.shots
         queries = float(np.minimum(later, chosen.queries).mean())
         train, learned_from = _all_rows(problem.train), chosen.shots + queries
-    steps = int(chosen.steps * (chosen.inner_steps * chosen.shots + queries) / learned_from)
+    seen = chosen.inner_steps * chosen.shots + queries
+    steps = max(1, int(chosen.steps * seen / learned_from))
     return fit(
         fomaml(problem.loss_fn, optax.identity(), 0),
         train,

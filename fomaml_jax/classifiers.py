@@ -302,6 +302,7 @@ def load_classifier(run: str | Path) -> Classifier:
     picture = size or (28, 28, 1)
     ways = chosen.ways  # of the head, where it is learned
     like = jax.eval_shape(lambda: shared_of(chosen, initial_params(chosen, ways, picture)))
+    runs.warn_if_begun(folder)
     return Classifier(chosen, runs.load_parameters(folder, like), picture)
 
 

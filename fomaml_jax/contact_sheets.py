@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from fomaml_jax.labels import plain
 from fomaml_jax.pictures import ACCENT, INK, RIGHT, WRONG
 
 COLUMNS = 10
@@ -94,5 +95,4 @@ def _show(axes: Axes, cell: Cell, left: float, top: float, of_strokes: bool) -> 
 
 
 def _shortened(text: str) -> str:
-    plain = text.replace("$", r"\$")  # which matplotlib would read as mathematics
-    return plain if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…".replace("$", r"\$")
+    return plain(text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…")

@@ -25,7 +25,13 @@ def use_every_core() -> None:
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     with contextlib.suppress(RuntimeError):  # JAX has started, and keeps the devices it has
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        jax.config.update("jax_num_cpu_devices", _cores())
+
+
+def _cores() -> int:
+    """Those that this process may use, such as a part of a shared machine's."""
+    allowed = getattr(os, "sched_getaffinity", None)  # of Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def keep_compiled_programs(folder: Path | None) -> None:

@@ -99,7 +99,7 @@ def _train(
     if not resume:
         runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
         runs.save_parameters(folder, problem.params)
-    if problem.splits is not None and not (folder / runs.DATA).exists():
+    if problem.splits is not None and not _has_kept_data(folder):
         runs.write_json(folder / runs.DATA, described(problem))
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = meta_train(chosen, tuned, folder, keys, resume)
@@ -173,7 +173,7 @@ def difference(
     other_problem: Problem,
     other_params: Params,
 ) -> dict[str, dict[str, float]]:
-    """Another run on the very same unseen tasks, and how much better this one is, task by task.
+    """Another run on the very same unseen tasks, and what it is apart from this, task by task.
 
     Each adapts by as many steps as it reports.
 
@@ -200,7 +200,7 @@ def difference(
     other = judged(other_problem, other_params, other_steps)
     return {
         f"the other run, after {other_steps} steps": last(other),
-        "difference, task by task": last(paired_difference(one, other)),
+        "this run minus the other": last(paired_difference(one, other)),
     }
 
 
@@ -260,6 +260,14 @@ def described(problem: Problem) -> dict[str, Any]:
         found["standard"] = list(problem.standard)
         found["columns"] = {name: list(pair) for name, pair in problem.columns.items()}
     return found
+
+
+def _has_kept_data(folder: Path) -> bool:
+    """Whether there is a checkpoint, which is of these data alone, and what is said of them.
+
+    Without one training begins at the start, on whatever the data are now.
+    """
+    return (folder / runs.DATA).exists() and any((folder / runs.CHECKPOINTS).glob("[0-9]*"))
 
 
 def _tested_on(problem: Problem) -> str | None:

@@ -258,6 +258,12 @@ class Table(Options):
         return f"{self.target} by {self.group} from {self.shots} rows"
 
 
+def anywhere(chosen: Options) -> Options:
+    """The options with the data's place as it is known from any other folder too."""
+    places = {name: getattr(chosen, name, None) for name in ("path", "file")}
+    return dataclasses.replace(chosen, **{n: p.resolve() for n, p in places.items() if p})
+
+
 DATA_SETS: dict[str, type[Options]] = {
     "glyphs": Glyphs,
     "omniglot": Omniglot,
@@ -308,6 +314,11 @@ def check(options: Options) -> None:
     checkpoint_interval(options.checkpoint_every)
     if isinstance(options, ImageOptions):
         _check_head_and_rates(options)
+        side = options.size if isinstance(options, Folder) else 28
+        if options.shift >= side:
+            raise ValueError(
+                f"--shift must be below a picture's {side} pixels, got {options.shift}"
+            )
     if options.tensorboard and not importlib.util.find_spec("tensorboardX"):
         raise ValueError('--tensorboard needs tensorboardX: pip install "fomaml-jax[tensorboard]"')
 

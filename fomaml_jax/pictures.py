@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from fomaml_jax import options, problems, runs
 from fomaml_jax.batch_statistics import queries_of
+from fomaml_jax.labels import plain
 from fomaml_jax.problems import Problem
 from fomaml_jax.types import Params, Task
 
@@ -64,7 +65,7 @@ def learning_curve(folder: Path, result: dict[str, Any]) -> Figure:
     for (name, found), style in zip(result["baselines"].items(), BASELINE_STYLES, strict=False):
         right.axhline(found["mean"], color="#777777", ls=style, lw=1, label=name)
     steps = f"{result['metric']} after {result['inner_steps']} steps"
-    right.set(xlabel="training tasks seen", ylabel=steps)
+    right.set(xlabel="training tasks seen", ylabel=plain(steps))
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -116,7 +117,7 @@ def sine_waves(
     chosen: options.Options, problem: Problem, params: Params, key: jax.Array, count: int = 3
 ) -> Figure:
     """The MAML paper's picture: a wave, a few of its points, the network before and after."""
-    steps = sorted({0, 1, chosen.adaptation_steps})
+    steps = sorted({0, min(1, chosen.adaptation_steps), chosen.adaptation_steps})
     adapt_fn, unseen = problems.adapt_path(problem, chosen.adaptation_steps), problem.test
     assert not isinstance(unseen, Task)
     grid = jnp.linspace(-5, 5, 201)[:, None]
@@ -177,7 +178,7 @@ def groups(
         axes.plot(place, mean + scale * later[i, :count], ".", color=RIGHT, ms=3)
         for line, style in zip(predicted[i, :, :count], (":", "-"), strict=True):
             axes.plot(place, line, color=ACCENT, ls=style, lw=1.2)
-        axes.set_title(f"{chosen.group} {name}", fontsize=9, parse_math=False)
+        axes.set_title(plain(f"{chosen.group} {name}"), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in axes_of[len(names) :]:
         axes.set_visible(False)
@@ -185,5 +186,5 @@ def groups(
         "row, in order; triangles: given, dots: later, lines: predicted before (dotted) and after",
         fontsize=8,
     )
-    figure.supylabel(chosen.target, fontsize=9, parse_math=False)
+    figure.supylabel(plain(chosen.target), fontsize=9)
     return figure

@@ -205,6 +205,9 @@ def load_regressor(run: str | Path) -> Regressor:
     Raises:
         ValueError: for a folder that holds none, or a damaged one.
 
+    Warns:
+        UserWarning: for a run that has not come to its end.
+
     Example:
         >>> regressor = load_regressor("runs/table-20261129-101500")  # doctest: +SKIP
         >>> regressor.predict((known_features, known_scores), later_features)  # doctest: +SKIP
@@ -213,6 +216,7 @@ def load_regressor(run: str | Path) -> Regressor:
     chosen = options.from_json(runs.read_config(folder))
     if not isinstance(chosen, options.Table):
         raise ValueError(f"{folder} is a run of {options.name_of(chosen)}, not of a table")
+    runs.warn_if_begun(folder)
     params = runs.load_parameters(folder, jax.eval_shape(lambda: initial_params(chosen)))
     mean, scale = np.transpose(_standards(folder, (chosen.target, *chosen.features)))
     return Regressor(chosen, params, mean, scale)

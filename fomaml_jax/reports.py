@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fomaml_jax import options, runs
+from fomaml_jax.labels import decimals, plain
 
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#222222")
 
@@ -95,7 +96,7 @@ def write(folders: Sequence[Path], out: Path) -> Path:
             with runs.replacing(out / f"{name}.png") as temporary:
                 temporary.write_bytes(pictures[name])
     with runs.replacing(out / "report.html") as temporary:
-        temporary.write_text(page(found, pictures))
+        temporary.write_text(page(found, pictures), encoding="utf-8", errors="backslashreplace")
     return out / "report.html"
 
 
@@ -142,9 +143,11 @@ def _scored(run: Finished) -> str:
         return "diverged" if run.diverged else "not finished"
     if None in (run.result["mean"], run.result["ci95"]):
         return "not finite"
-    scale, unit = (100, " %") if metric(run) == "accuracy" else (1, "")
-    mean, ci95 = scale * run.result["mean"], scale * run.result["ci95"]
-    return f"{mean:.2f} ± {ci95:.2f}{unit}"
+    mean, ci95 = run.result["mean"], run.result["ci95"]
+    if metric(run) == "accuracy":
+        return f"{100 * mean:.2f} ± {100 * ci95:.2f} %"
+    places = decimals([abs(mean)])
+    return f"{mean:.{places}f} ± {ci95:.{places}f}"
 
 
 def _of_result(name: str) -> Any:
@@ -198,14 +201,15 @@ def learning_curves(found: Sequence[Finished]) -> Figure | None:
             left.plot(*points, color=colour, lw=1, ls=style)
         rows = [row for row in run.metrics if row.get("validation") is not None]
         points = [r["tasks"] for r in rows], [r["validation"] for r in rows]
-        right.plot(*points, color=colour, marker=".", label=run.name)
+        right.plot(*points, color=colour, marker=".", label=plain(run.name))
     if any((row["loss"] or 0) > 0 for run in found for row in run.metrics):
         left.set_yscale("log")
     for style, label in LOSSES.values():
         left.plot([], [], color="#555555", lw=1, ls=style, label=label)
     left.legend(fontsize=8, frameon=False)
     left.set(xlabel="training tasks seen", ylabel="loss, training tasks")
-    right.set(xlabel="training tasks seen", ylabel=f"{metric(found[0])}, validation tasks")
+    scored = plain(metric(found[0]))
+    right.set(xlabel="training tasks seen", ylabel=f"{scored}, validation tasks")
     _finish(left, right)
     return figure
 
@@ -229,10 +233,10 @@ def after_each_step(found: Sequence[Finished]) -> Figure | None:
             marker="o",
             ms=4,
             capsize=3,
-            label=run.name,
+            label=plain(run.name),
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="inner steps", ylabel=metric(found[0]))
+    axes.set(xlabel="inner steps", ylabel=plain(metric(found[0])))
     _finish(axes)
     return figure
 
@@ -251,8 +255,8 @@ def per_task_histogram(found: Sequence[Finished]) -> Figure | None:
     every = np.concatenate([values for _, values, _ in shown])
     bins = np.linspace(every.min(), every.max() + 1e-9, 26)
     for run, values, colour in shown:
-        axes.hist(values, bins, histtype="step", color=colour, lw=1.5, label=run.name)
-    axes.set(xlabel=f"{metric(found[0])} of a task", ylabel="tasks")
+        axes.hist(values, bins, histtype="step", color=colour, lw=1.5, label=plain(run.name))
+    axes.set(xlabel=f"{plain(metric(found[0]))} of a task", ylabel="tasks")
     _finish(axes)
     return figure
 

@@ -48,6 +48,9 @@ CHECKPOINTS = "checkpoints"
 """A folder, of the newest ones."""
 
 FOLDERS = (CHECKPOINTS, "tensorboard")
+_BEGUN = (METRICS, DATA, LOCK)
+"""What is there of a run while it is trained, and not of a network that is handed on."""
+
 PICTURES = ("learning_curve.png", "episodes.png", "adaptation.png")
 FILES = (*PICTURES, METRICS, PLAN, DATA, DIVERGED, PER_TASK, RESULT, PARAMETERS, CONFIG)
 """What a run writes, its configuration last."""
@@ -291,14 +294,36 @@ def check_data(folder: Path, now: dict[str, Any]) -> None:
     warnings.warn(f"the data are not those that the run in {folder} had", stacklevel=2)
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a run that has no more steps to take, if it is that."""
+def judged(folder: Path) -> dict[str, Any] | None:
+    """The result of a run, if it has come to one."""
     try:
         result = json.loads((folder / RESULT).read_text())
     except (OSError, ValueError):
         return None
     whole = isinstance(result, dict) and {"per_step", "otherwise", "metric"} <= result.keys()
-    return result if whole and result.get("stopped") in ("finished", "no improvement") else None
+    return result if whole else None
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a run that has no more steps to take, if it is that."""
+    result = judged(folder)
+    return result if result and result.get("stopped") in ("finished", "no improvement") else None
+
+
+def warn_if_begun(folder: Path) -> None:
+    """Says of a run without a result what its parameters are.
+
+    Warns:
+        UserWarning: where training was cut short, or goes on.
+    """
+    if (folder / RESULT).exists() or not any((folder / n).exists() for n in (*FOLDERS, *_BEGUN)):
+        return
+    saved = [row["step"] for row in read_metrics(folder) if "validation" in row]
+    state = f"as after step {saved[-1]}" if saved else "as before the first step, untrained"
+    why = "diverged" if (folder / DIVERGED).exists() else "not come to its end"
+    warnings.warn(
+        f"the run in {folder} has {why}: its parameters are {state} or a later one", stacklevel=3
+    )
 
 
 def save_parameters(folder: Path, params: Params) -> None:

@@ -15,12 +15,27 @@ class Asked:
     """Whether somebody has asked to stop, and how."""
 
     to: Stop | None = None
+    _is_held: bool = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For what must not be torn apart: here another Ctrl-C is one like the first."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
+    def stops_at_once(self, interrupts: int) -> bool:
+        """Whether somebody who has pressed Ctrl-C so often waits no longer."""
+        return interrupts > 1 and not self._is_held
 
 
 @contextlib.contextmanager
 def noticed(enabled: bool = True) -> Iterator[Asked]:
     """Notes Ctrl-C and SIGTERM instead of stopping at once; a second Ctrl-C does stop at once.
 
+    Not while the first is being answered (`Asked.held`).
     Only Python's main thread can be asked; elsewhere, and where a signal is ignored (as Ctrl-C is
     under `nohup ... &`), nothing changes.
     """
@@ -30,7 +45,7 @@ def noticed(enabled: bool = True) -> Iterator[Asked]:
         nonlocal interrupts
         del frame
         interrupts += number == signal.SIGINT
-        if interrupts > 1:
+        if asked.stops_at_once(interrupts):
             raise KeyboardInterrupt
         asked.to = _MEANING[number]
 

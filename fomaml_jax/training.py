@@ -218,12 +218,15 @@ def train(
         try:
             why = loop.until_over(asked, tell)
         except DivergedError:
-            loop.go_back()
+            with asked.held():
+                loop.go_back()
             raise
         except Exception:  # such as one in a function of the caller's
-            loop.save_what_there_was()
+            with asked.held():
+                loop.save_what_there_was()
             raise
-        loop.save_at_the_end()
+        with asked.held():
+            loop.save_at_the_end()
         (stop,) = processes.greatest([STOPS.index(asked.to)])
     return _trained(history, STOPS[int(stop)] or why)
 
@@ -267,7 +270,8 @@ class _Loop:
                 told = self.report()
             history.seconds = time.monotonic() - self.began
             tell(history.step * self.tasks_per_step, history.note())
-            self.save_if_due()
+            with asked.held():
+                self.save_if_due()
             self.latest = history.copied()
 
     def take(self, stride: int) -> int:

@@ -337,3 +337,11 @@ def test_photographs_are_shown_as_they_are_and_strokes_as_ink(of_strokes, corner
     (axes,) = contact_sheets.contact_sheet([dark], [dark], of_strokes=of_strokes).axes
     shown = axes.images[0]
     assert (255 * np.asarray(shown.to_rgba(shown.get_array()))[0, 0, 0]).round() == corner
+
+
+def test_a_name_that_is_not_unicode_is_drawn_as_it_can_be(tmp_path):
+    """Such as one from an archive in Latin-1."""
+    cells = [Cell(np.zeros((4, 4, 1), np.uint8), ("caf\udce9 $x", "1.00"), RIGHT)]
+    figure = contact_sheets.contact_sheet(cells, cells)
+    figure.savefig(tmp_path / "sheet.png")
+    assert any(r"caf\udce9" in text.get_text() for text in figure.axes[0].texts)

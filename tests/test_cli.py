@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -261,7 +262,8 @@ def test_evaluate_compares_two_runs_task_by_task(sinusoid, tmp_path):
     other = "the other run, after 2 steps"
     assert rows[other] == rows_of(alone.out)[-1][1:]
     here, there = rows["after 2 steps"], rows[other]
-    gap, ci95 = rows["difference, task by task"]
+    gap, ci95 = rows["this run minus the other"]
+    assert "better than this" not in found.out
     assert abs(gap - abs(here[0] - there[0])) < 0.002
     assert ci95 < here[1] + there[1]
 
@@ -369,7 +371,9 @@ def test_an_output_that_takes_no_words(where, sinusoid):
 
 
 def test_a_result_that_was_damaged_is_said(sinusoid, tmp_path):
-    for i, damage in enumerate([{"per_step": [1]}, {"otherwise": []}, {"statistics": "x"}]):
+    for i, damage in enumerate(
+        [{"per_step": [1]}, {"otherwise": []}, {"statistics": "x"}, {"per_step": []}]
+    ):
         folder = shutil.copytree(sinusoid.folder, tmp_path / str(i))
         result = json.loads((folder / "result.json").read_text()) | damage
         (folder / "result.json").write_text(json.dumps(result))
@@ -450,9 +454,30 @@ def test_help_of_predict_is_of_pictures_and_of_tables(words):
 
 def test_the_command_line_runs_where_jax_has_started_with_other_devices(monkeypatch):
     devices = jax.devices()
-    monkeypatch.setattr(os, "cpu_count", lambda: len(devices) + 5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(len(devices) + 5)))
     assert call("--help").code == 0
     assert jax.devices() == devices
+
+
+def test_no_inner_step_at_all_is_trained_judged_and_drawn(tmp_path):
+    run = trained(
+        tmp_path / "none", "sinusoid", *TINY, "--inner-steps", "0", "--eval-steps", "None"
+    )
+    assert [row["inner_steps"] for row in run.result["per_step"]] == [0]
+    assert is_picture(run.folder / "adaptation.png")
+
+
+def test_places_are_read_and_told_as_a_shell_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = call("train", "sinusoid", *TINY, "--out=~/my run")
+    assert run.code == 0, run.err
+    assert (tmp_path / "my run" / "result.json").is_file()
+    (tmp_path / "my run" / "result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        again = call("train", "--resume=~/my run")
+    assert again.code == 130
+    assert again.err.endswith(f"fomaml-jax train --resume '{tmp_path}/my run'\n")
 
 
 # In a process of its own.

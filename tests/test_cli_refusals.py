@@ -91,6 +91,14 @@ REFUSED = {
     "report nowhere": "nowhere is not a run: it has no config.json",
     "report run empty": "empty is not a run: it has no config.json",
     "train mnist": "unknown data set 'mnist'; there are glyphs, omniglot, sinusoid, folder, table",
+    "train --steps 3 glyphs": "the data set comes first: fomaml-jax train glyphs ...",
+    "train glyphs --shift 28": "--shift must be below a picture's 28 pixels, got 28",
+    "train folder --path full --size 16 --shift 16": "--shift must be below a picture's 16 pixels, "
+    "got 16",
+    "train folder --path full --out full/runs/a": "full/runs/a would be among the pictures in "
+    "full; pass another --out",
+    "adapt pretrained:omniglot --support full --query full --out full/b": "full/b would be among "
+    "the pictures in full; pass another --out",
     "train ''": "unknown data set ''; there are glyphs, omniglot, sinusoid, folder, table",
     "train glyphs --ways 0": f"--ways {COUNT} 1, got 0",
     "train glyphs --shots -1": f"--shots {COUNT} 1, got -1",

@@ -20,7 +20,7 @@ def test_a_report_is_one_page_and_its_pictures(sinusoid, tmp_path):
     assert "a &lt;b&gt; &amp; c" in text
     assert "<td>rate</td><td>0.001</td><td>0.1</td>" in text
     assert "<td>seed</td>" not in text  # the same in both
-    assert f"{other.result['mean']:.2f} ± {other.result['ci95']:.2f}" in text
+    assert f"{other.result['mean']:.3f} ± {other.result['ci95']:.3f}" in text
     for name in names - {"report.html"}:
         assert is_picture(tmp_path / "out" / name)
 

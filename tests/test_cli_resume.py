@@ -87,6 +87,11 @@ def test_a_run_that_is_stopped_while_it_is_judged_goes_on_there(tmp_path, monkey
         run = call("train", "sinusoid", *TINY, "--eval-steps", "2", "--out", tmp_path)
     assert (run.code, run.out) == (0, "")
     assert run.err.endswith(f"interrupted; go on with: fomaml-jax train --resume {tmp_path}\n")
+    judged = call("evaluate", tmp_path, "--eval-tasks", "4")
+    assert judged.err == (
+        f"fomaml-jax: the run in {tmp_path} has not come to its end: its parameters are as after "
+        "step 3 or a later one\n"
+    )
     resumed = call("train", "--resume", tmp_path)
     assert rows_of(resumed.out) == rows_of(sinusoid.out)
 

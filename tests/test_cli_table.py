@@ -1,15 +1,17 @@
 """`fomaml-jax train table`: a run of your own table, from its file to its result."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
 from command_line import TINY, call, everything, rows_of, trained
 from PIL import Image
 
-from fomaml_jax import options, problems
+from fomaml_jax import experiment, options, problems
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -130,7 +132,7 @@ def test_a_table_in_other_units_is_refused(column, harvests, tmp_path):
 def test_a_report_of_a_table(harvests, tmp_path):
     found = call("report", harvests.folder, "--out", tmp_path / "page")
     assert found.code == 0, found.err
-    scored = f"{harvests.result['mean']:.2f} ± {harvests.result['ci95']:.2f}<"  # not in percent
+    scored = f"{harvests.result['mean']:.3f} ± {harvests.result['ci95']:.3f}<"  # not in percent
     assert scored in (tmp_path / "page" / "report.html").read_text()
 
 
@@ -169,3 +171,38 @@ def test_wrong_tables_are_refused_in_a_line(words, line, tmp_path, monkeypatch):
     *_, last = refused.err.splitlines()
     assert last.startswith(f"fomaml-jax: {line}")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_table_that_has_changed_before_anything_was_saved_is_the_runs(tmp_path, monkeypatch):
+    """Told by what `predict` will standardise with."""
+    file = write(tmp_path / "harvests.csv")
+    words = ("table", "--file", file, *COLUMNS, *OPTIONS, "--no-compare")
+    expected = trained(tmp_path / "expected", *words)
+    write(file, plots=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "meta_train", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        assert call("train", *words, "--out", tmp_path / "run").code == 130
+    said = call("predict", tmp_path / "run", "--file", file).err
+    assert "has not come to its end: its parameters are as before the first step, untrained" in said
+    write(file)
+    resumed = call("train", "--resume", tmp_path / "run")
+    assert resumed.code == 0, resumed.err
+    found, wanted = (
+        (folder / "data.json").read_bytes() for folder in (tmp_path / "run", expected.folder)
+    )
+    assert found == wanted
+
+
+def test_dollars_are_no_mathematics_and_no_inner_step_is_one_too(tmp_path, monkeypatch):
+    """Nor is a path another one in another folder."""
+    file = write(tmp_path / "harvests.csv")
+    file.write_text(file.read_text().replace("yield", "cost_$_per_$", 1))
+    names = [word if word != "yield" else "cost_$_per_$" for word in COLUMNS]
+    words = ("table", "--file", file.name, *names, *OPTIONS, "--inner-steps", "0", "--steps", "1")
+    monkeypatch.chdir(tmp_path)
+    run = trained(tmp_path / "run_$_a_$", *words, "--eval-steps", "1", "--compare")
+    assert run.result["config"]["file"] == str(file)
+    monkeypatch.chdir("/")
+    reported = call("report", run.folder, "--out", tmp_path / "page")
+    assert (reported.code, reported.err) == (0, "")
+    assert call("evaluate", run.folder).code == 0

@@ -211,6 +211,17 @@ def test_big_endian_sixteen_bits(tmp_path):
     np.testing.assert_array_equal(image[..., 0], gradient() >> 8)
 
 
+def test_twelve_bits_in_sixteen_are_said_to_be_dark(tmp_path):
+    with pytest.warns(UserWarning, match="x.png has 16 bits, of which it uses the lower 12 or"):
+        image = read(tmp_path, "x.png", Image.fromarray(gradient() >> 4), channels=1)
+    np.testing.assert_array_equal(image[..., 0], gradient() >> 12)
+
+
+def test_colours_that_cannot_be_converted_are_refused_by_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.tif cannot be read as an image"):
+        read(tmp_path, "x.tif", Image.new("LAB", (16, 16)), channels=1)
+
+
 def test_one_bit_pictures_are_resized_smoothly(tmp_path):
     checks = np.indices([64, 64]).sum(axis=0) % 2 == 0
     image = read(tmp_path, "x.png", Image.fromarray(checks), channels=1)

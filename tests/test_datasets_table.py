@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fomaml_jax as fj
+from fomaml_jax.datasets._checks import check_rows_fit
 
 HEADER = "patient,day,dose,score"
 
@@ -176,6 +177,18 @@ REFUSED = {
     "a word": ([ROW, "1,2,high,4"], {}, {}, "line 3: dose is 'high', expected a number"),
     "an infinity": ([ROW, "1,2,3,inf"], {}, {}, "line 3: score is 'inf', expected a number"),
     "no date": (["1,Monday,3,4"], {}, {"features": ["dose"]}, "line 2: day is 'Monday', expected"),
+    "a date among numbers": (
+        [ROW, "1,2026-01-02,3,4"],
+        {},
+        {"features": ["dose"]},
+        "line 3: day is '2026-01-02', expected a number, as in the first row",
+    ),
+    "a number among dates": (
+        ["1,2026-01-02,3,4", "1,2026-01-03,3,4", "1,20260104,3,4"],
+        {},
+        {"features": ["dose"]},
+        "line 4: day is '20260104', expected a date such as 2026-01-31, as in the first row",
+    ),
     "a short row": ([ROW, "1,2,3"], {}, {}, "line 3: 3 cells, but the header has 4"),
     "a quote without end": (['1,"2,3,4'], {}, {}, "is no CSV file"),
     "an unknown remedy": ([ROW], {}, {"missing": "guess"}, "missing='guess' must be one of"),
@@ -232,3 +245,14 @@ def test_a_whole_table_is_read_in_silence(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read(write(tmp_path, *visits()))
+
+
+def test_groups_that_memory_cannot_hold_side_by_side_are_refused(tmp_path):
+    long = {"a": range(10), "machine 7": range(10**12), "b": range(3)}
+    with pytest.raises(
+        ValueError, match="3 groups, each padded to the 1,000,000,000,000 rows of"
+    ) as e:
+        check_rows_fit(tmp_path / "log.csv", long, 4)
+    assert "96000 GB" in str(e.value)
+    assert "'machine 7'" in str(e.value)
+    check_rows_fit(tmp_path / "log.csv", {"a": range(10)}, 4)

@@ -56,6 +56,12 @@ def predicted(run, tmp_path, rows, **kwargs):
     return done, read(out) if done.code == 0 else []
 
 
+def test_a_run_without_a_file_is_told_of_both_ways(run):
+    done = call("predict", run.folder, "--query", "pictures")
+    assert done.code == 2
+    assert f"{run.folder} is a run: to fill in a table's rows by it pass --file FILE" in done.err
+
+
 def test_errors_on_the_unseen_groups_are_those_that_the_run_reports(run, tmp_path):
     """Its first rows known, its later ones asked for, in the order of the time."""
     problem = problems.build(options.from_json(run.result["config"]))

@@ -25,7 +25,7 @@ from training_runs import (
 )
 
 import fomaml_jax as fj
-from fomaml_jax import training
+from fomaml_jax import checkpoints, training
 from fomaml_jax.tasks import task_keys
 
 pytestmark = [
@@ -280,6 +280,24 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(**LEVELS, on_report=ask)
+
+
+def test_what_is_being_saved_is_not_torn_apart_by_a_second_interrupt(tmp_path, monkeypatch):
+    save = checkpoints.save
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(checkpoints, "save", interrupted)
+    trained = train(**LEVELS | {"steps": 10**6}, folder=tmp_path, checkpoint_every=3)
+    assert trained.stopped == "interrupted"
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    assert int(newest.name) == int(trained.state.step) == 3
+    monkeypatch.undo()
+    resumed = train(**LEVELS | {"steps": 5}, folder=tmp_path, resume=True)
+    assert resumed.state.params.item() == -5
 
 
 def test_it_runs_in_a_thread_which_no_signal_reaches():

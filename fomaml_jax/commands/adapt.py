@@ -1,6 +1,7 @@
 """`fomaml-jax adapt`: a trained network on classes of the user's own, from a few pictures."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +61,7 @@ def main(words: list[str]) -> None:
         if asked.save is not None:
             save_adapted(adapted, asked.save)
             print(f"The adapted classifier is in {asked.save}; to use it:")
-            print(f"fomaml-jax predict {asked.save} --query FOLDER")
+            print(f"fomaml-jax predict {shlex.quote(str(asked.save))} --query FOLDER")
         if query is not None and asked.query is not None:
             recognise(adapted, query, asked.query, asked, folder)
 
@@ -70,7 +71,7 @@ def _check_places(asked: Adapt, folder: Path) -> None:
     if asked.query is None and asked.save is None:
         raise ValueError("pass --query with pictures to recognise, --save with a file, or both")
     if asked.query is not None:
-        check_out(folder, overwrite=asked.overwrite)
+        check_out(folder, overwrite=asked.overwrite, apart=[asked.support, asked.query])
     if asked.save is not None and asked.save.is_dir():
         raise ValueError(f"{asked.save} is a folder; pass --save with a file")
     if asked.save and asked.query and asked.save.resolve().parent == folder.resolve():

@@ -74,7 +74,7 @@ def main(words: list[str]) -> None:
         if against is not None:
             options.check_same_tasks(chosen, against[0])
             differences = experiment.difference(chosen, problem, params, *against)
-    result = experiment.evaluate(chosen, problem, params) | {"baselines": differences}
+    result = experiment.evaluate(chosen, problem, params) | {"against": differences}
     print(table(result))
 
 
@@ -105,5 +105,6 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
         problem = problems.build(dataclasses.replace(chosen, **changes))
         if problem.splits is not None:
             runs.check_data(run, experiment.described(problem))
+        runs.warn_if_begun(run)
     params = runs.load_parameters(run, problem.params)
     return dataclasses.replace(chosen, **changes), problem, params

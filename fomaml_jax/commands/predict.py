@@ -6,9 +6,10 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from fomaml_jax import runs
 from fomaml_jax.adapted_files import load_adapted
 from fomaml_jax.commands import predicted_rows
-from fomaml_jax.commands.endings import plain_warnings, refusing
+from fomaml_jax.commands.endings import REFUSED, plain_warnings, refusing, stop
 from fomaml_jax.commands.recognising import Recognise, check_out, read, recognise
 from fomaml_jax.commands.words import parse
 from fomaml_jax.devices import keep_compiled_programs
@@ -37,10 +38,17 @@ def main(words: list[str]) -> None:
     if any(word.split("=")[0] == "--file" for word in words):
         predicted_rows.main(words)
         return
+    for run in map(Path, words[:1]):
+        if (run / runs.CONFIG).is_file():
+            stop(
+                f"{run} is a run: to fill in a table's rows by it pass --file FILE, to recognise "
+                "pictures adapt it first (fomaml-jax adapt --save)",
+                REFUSED,
+            )
     asked = parse(Predict, "fomaml-jax predict", words)
     with refusing(), plain_warnings():
         folder = asked.folder
-        check_out(folder, overwrite=asked.overwrite)
+        check_out(folder, overwrite=asked.overwrite, apart=[asked.query])
         keep_compiled_programs(asked.compilation_cache)
         adapted = load_adapted(asked.adapted)
         query = read(asked.query, adapted.chosen, adapted.background, asked.unreadable)

@@ -43,9 +43,6 @@ class PredictRows:
 def main(words: list[str]) -> None:
     """Predicts, as the words after `predict` say."""
     asked = parse(PredictRows, "fomaml-jax predict", words)
-    asked = dataclasses.replace(
-        asked, file=asked.file.expanduser(), out=asked.out.expanduser(), run=asked.run.expanduser()
-    )
     with refusing(), plain_warnings():
         _check_out(asked)
         keep_compiled_programs(asked.compilation_cache)
@@ -65,7 +62,7 @@ def main(words: list[str]) -> None:
         predicted = predictions(regressor, found)
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         _write(asked.out, found, column, predicted, decimals_for(float(regressor.scale[0])))
-        print(_told(regressor, found, runs.finished(asked.run)))
+        print(_told(regressor, found, runs.judged(asked.run)))
         print(f"\nThe predictions are in {asked.out}, in the column {column!r}.")
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from fomaml_jax import options, pictures, runs
 from fomaml_jax.classifiers import QUERIES_AT_ONCE
 from fomaml_jax.commands.recognised import judged, known_already, sheet, told
+from fomaml_jax.commands.words import check_outside
 from fomaml_jax.datasets import Pictures, few_pictures
 from fomaml_jax.recognition import NONE, AdaptedClassifier, Background, Predictions
 
@@ -49,12 +51,16 @@ class Recognise:
         return self.out or Path("predictions") / time.strftime("%Y%m%d-%H%M%S")
 
 
-def check_out(folder: Path, *, overwrite: bool) -> None:
+def check_out(folder: Path, *, overwrite: bool, apart: Sequence[Path]) -> None:
     """Refuses a folder with anything in it, or, to be overwritten, with anything else in it.
+
+    Nor may it be inside of those of the pictures.
 
     Raises:
         ValueError: naming the folder.
     """
+    for pictures_in in apart:
+        check_outside(folder, pictures_in)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

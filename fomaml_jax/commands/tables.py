@@ -1,12 +1,12 @@
 """Results as lines for people."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fomaml_jax import runs
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
+from fomaml_jax.labels import decimals
 
 STATISTICS = {
     TRANSDUCTIVE: "query batches normalised together (transductive)",
@@ -24,11 +24,11 @@ def table(result: dict[str, Any]) -> str:
     start = "at the level of the rows given" if of_groups else "before adaptation"
     rows = {_after(row["inner_steps"], start): row for row in result["per_step"]}
     rows |= {f"the same, {name}": row for name, row in result["otherwise"].items()}
-    rows |= result.get("baselines", {})
-    decimals = _decimals(abs(row["mean"]) for row in rows.values() if row["mean"] is not None)
+    rows |= result.get("baselines", {}) | result.get("against", {})
+    places = decimals(abs(row["mean"]) for row in rows.values() if row["mean"] is not None)
 
     def line(name: str, row: dict[str, float | None]) -> str:
-        scale, digits, unit = (100, 2, " %") if percent else (1, decimals, "")
+        scale, digits, unit = (100, 2, " %") if percent else (1, places, "")
         mean, ci95 = _mean_and_ci95(row)
         return f"  {name:<34}{scale * mean:7.{digits}f}{unit} ± {scale * ci95:.{digits}f}"
 
@@ -60,7 +60,7 @@ def read_table(run: Path, result: dict[str, Any]) -> str:
     """The table of a result that was written before, and may have been damaged since."""
     try:
         return table(result)
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{run / runs.RESULT} is not what was written") from None
 
 
@@ -68,14 +68,6 @@ def _mean_and_ci95(row: dict[str, float | None]) -> tuple[float, float]:
     """NaN where there is none."""
     mean, ci95 = (row[name] for name in ("mean", "ci95"))
     return math.nan if mean is None else mean, math.nan if ci95 is None else ci95
-
-
-def _decimals(sizes: Iterable[float]) -> int:
-    """Three, or as many as show three digits of the largest, which may be of any unit."""
-    largest = max(sizes, default=0.0)
-    if largest == 0 or not math.isfinite(largest):
-        return 3
-    return max(3, 2 - math.floor(math.log10(largest)))
 
 
 def _after(steps: int, start: str) -> str:

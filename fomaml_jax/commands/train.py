@@ -1,7 +1,9 @@
 """`fomaml-jax train`: a run, new or resumed, in one process or several."""
 
 import contextlib
+import itertools
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -21,7 +23,7 @@ from fomaml_jax.commands.endings import (
     terminable,
 )
 from fomaml_jax.commands.tables import read_table, table
-from fomaml_jax.commands.words import parse, taken
+from fomaml_jax.commands.words import check_outside, parse, taken
 from fomaml_jax.devices import every_device, keep_compiled_programs
 from fomaml_jax.training import DivergedError
 
@@ -31,8 +33,11 @@ def main(words: list[str]) -> None:
     # Options without a name are the default data set's.
     words, join = _without_processes(words)
     words, resumed = taken(words, "--resume", "the folder of a run")
-    resumed = None if resumed is None else Path(resumed)
+    resumed = None if resumed is None else Path(resumed).expanduser()
     name, rest = (words[0], words[1:]) if words and words[0][:1] != "-" else (None, words)
+    for before, word in itertools.pairwise(rest if name is None else []):
+        if word in options.DATA_SETS and before[:1] != "-":
+            stop(f"the data set comes first: fomaml-jax train {word} ...", REFUSED)
     if name is not None and name not in options.DATA_SETS:
         stop(f"unknown data set {name!r}; there are {', '.join(options.DATA_SETS)}", REFUSED)
     if resumed is None:
@@ -60,7 +65,7 @@ def main(words: list[str]) -> None:
             if resumed is None:
                 runs.check_new(folder, overwrite=chosen.overwrite)  # it may have filled meanwhile
                 runs.clear(folder)
-        _run(chosen, problem, folder, resume=resumed is not None)
+        _run(options.anywhere(chosen), problem, folder, resume=resumed is not None)
 
 
 def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, resume: bool) -> None:
@@ -68,7 +73,7 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
     going = f"resumed in {folder}" if resume else f"into {folder}"
     if processes.is_first():
         print(f"{options.name_of(chosen)}, {chosen.setting}, {going}", file=sys.stderr)
-    resume_with = f"fomaml-jax train --resume {folder}"
+    resume_with = f"fomaml-jax train --resume {shlex.quote(str(folder))}"
     try:
         with terminable(), plain_warnings():
             result = experiment.train(chosen, problem, folder, say=say, resume=resume)
@@ -85,14 +90,14 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
         said = " ".join(str(error.strerror or error).split())
         begun = f"; go on with: {resume_with}" if (folder / runs.CONFIG).exists() else ""
         stop(f"cannot write to {folder}: {said}{begun}", REFUSED)
-    except (KeyboardInterrupt, TerminatedError) as ended:  # while judging, all training being saved
+    except (KeyboardInterrupt, TerminatedError) as ended:  # while judging, or twice
         code = INTERRUPTED if isinstance(ended, KeyboardInterrupt) else 0
         stop(f"interrupted; go on with: {resume_with}", code)
     if processes.is_first():
         print(table(result))
         print(f"\nThe run is in {folder}: result.json, learning_curve.png and more.")
         if isinstance(chosen, options.Table):
-            print(f"For other groups: fomaml-jax predict {folder} --file FILE")
+            print(f"For other groups: fomaml-jax predict {shlex.quote(str(folder))} --file FILE")
 
 
 def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:
@@ -101,7 +106,11 @@ def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:
         chosen = _with_recipe(program, words)
     else:
         chosen = parse(kind, program, words)
-    return chosen, chosen.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = chosen.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if isinstance(chosen, options.Folder):
+        with refusing():
+            check_outside(folder, chosen.path)
+    return chosen, folder
 
 
 def _with_recipe(program: str, words: list[str]) -> options.Omniglot:

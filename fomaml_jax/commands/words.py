@@ -1,10 +1,12 @@
 """From the words of a command to its options; what is wrong with them becomes one line."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -20,11 +22,33 @@ def parse(kind: Callable[..., T], program: str, words: list[str], default: T | N
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=program, args=words, **defaults)
+            return _at_home(tyro.cli(kind, prog=program, args=words, **defaults))
     except SystemExit as ended:
         if ended.code:
             stop(f"{_first_sentence(said.getvalue())} (see {program} --help)", REFUSED)
         raise
+
+
+def _at_home(found: Any) -> Any:
+    """The options with their paths' ~ as the shell would have read it, had it seen one."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(read, value))
+        return value.expanduser() if isinstance(value, Path) else value
+
+    fields = (field.name for field in dataclasses.fields(found))
+    return dataclasses.replace(found, **{name: read(getattr(found, name)) for name in fields})
+
+
+def check_outside(folder: Path, data: Path) -> None:
+    """Refuses to write among the pictures, where the next call would take it for some.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if folder.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"{folder} would be among the pictures in {data}; pass another --out")
 
 
 def _first_sentence(boxed: str) -> str:

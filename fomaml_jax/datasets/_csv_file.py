@@ -47,7 +47,12 @@ class Columns:
 
     def times(self, name: str) -> np.ndarray:
         """A column of numbers or of dates, as float64."""
-        return self._parsed(name, _time, "a number or a date such as 2026-01-31")
+        cells = [cell for cell in self.text(name) if cell.lower() not in MISSING]
+        if cells and _is_number(cells[0]):
+            return self._parsed(name, float, "a number, as in the first row")
+        if cells and any(map(_is_number, cells)):  # such as 20260131 among dates
+            return self._parsed(name, _date, "a date such as 2026-01-31, as in the first row")
+        return self._parsed(name, _date, "a number or a date such as 2026-01-31")
 
     def _parsed(self, name: str, parse, expected: str) -> np.ndarray:
         found = np.full(len(self.cells), np.nan)
@@ -63,11 +68,18 @@ class Columns:
         return found
 
 
-def _time(cell: str) -> float:
+def _is_number(cell: str) -> bool:
     try:
-        return float(cell)
+        float(cell)
     except ValueError:
-        moment = datetime.datetime.fromisoformat(cell)
+        return False
+    return True
+
+
+def _date(cell: str) -> float:
+    if _is_number(cell):  # which `fromisoformat` may read as a date, as in no other row
+        raise ValueError(cell)
+    moment = datetime.datetime.fromisoformat(cell)
     # A date without a zone is counted as of one, that of no place: what matters is the order.
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
 

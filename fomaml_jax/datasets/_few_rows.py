@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fomaml_jax.datasets._checks import check_choice
+from fomaml_jax.datasets._checks import check_choice, check_rows_fit
 from fomaml_jax.datasets._csv_file import MISSING, Columns
 from fomaml_jax.datasets._table import by_group, check_purposes
 
@@ -97,6 +97,8 @@ def few_rows(
             f"{file.path} has no row to predict: leave {target} empty in rows that have the rest"
         )
     known = by_group(names, ~np.isnan(y) & usable)
+    for part in (rows, {name: known.get(name, []) for name in rows}):
+        check_rows_fit(file.path, part, 2 + x.shape[1])  # the row's place and target too
     asked, given = _padded(rows, list(rows)), _padded(known, list(rows))
     return FewRows(
         tuple(rows),

@@ -13,6 +13,9 @@ from fomaml_jax.datasets._framing import place_of, redrawn
 Background = Literal["auto", "light", "dark"]
 """Of a drawing: what its border is nearer to, the lightest or the darkest of it, or one of them."""
 
+_DIM = 2**12
+"""Of 16 bits: no camera's full range, as 12 bits in 16 are."""
+
 SMALLEST = 8
 """Pixels of the shorter side of a picture from which anything can be told."""
 
@@ -32,7 +35,7 @@ def read_image(file: Path, size: int, channels: int) -> tuple[np.ndarray, bytes]
     if not file.is_file():  # and not to be opened: a pipe would be waited for
         raise ValueError(f"{file} is not a file, expected a picture: remove or replace it")
     content = file.read_bytes()
-    image = _flat(_upright(content, file, size), file).convert(_MODES[channels])
+    image = _flat(_upright(content, file, size), file, _MODES[channels])
     square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(square).reshape(size, size, channels), content
 
@@ -47,7 +50,7 @@ def read_strokes(file: Path, size: int, background: Background) -> tuple[np.ndar
         ValueError: for what is no picture, a tiny or an all too large one, or one without strokes.
         OSError: where the file cannot be read, which says nothing about what it is.
     """
-    grey = _flat(_upright(file.read_bytes(), file, size), file).convert("L")
+    grey = _flat(_upright(file.read_bytes(), file, size), file, "L")
     if round(size * min(grey.size) / max(grey.size)) < 1:
         raise ValueError(f"{file} is a strip of pixels: cut it nearer to a square")
     levels = _without_grain(grey, size)
@@ -136,14 +139,17 @@ def _unreadable(file: Path, error: Exception) -> ValueError:
     )
 
 
-def _flat(image: Image.Image, file: Path) -> Image.Image:
-    """The picture in 8 bits, transparency over white."""
+def _flat(image: Image.Image, file: Path, mode: str) -> Image.Image:
+    """The picture in 8 bits and a mode, transparency over white."""
     if image.mode.startswith(("I", "F")):
-        return _eight_bits(image, file)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA"))
-    return image
+        return _eight_bits(image, file).convert(mode)
+    try:
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert(mode)
+    except ValueError as error:  # a mode that nothing is known to convert, such as LAB
+        raise _unreadable(file, error) from error
 
 
 def _eight_bits(image: Image.Image, file: Path) -> Image.Image:
@@ -152,5 +158,11 @@ def _eight_bits(image: Image.Image, file: Path) -> Image.Image:
         raise ValueError(
             f"{file} has pixels from {levels.min()} to {levels.max()} in mode {image.mode!r},"
             " expected 8 or 16 bits: save it as PNG"
+        )
+    if levels.max() < _DIM:
+        warnings.warn(
+            f"{file} has 16 bits, of which it uses the lower 12 or fewer: it is read as nearly "
+            "black; save pictures with their full range",
+            stacklevel=2,
         )
     return Image.fromarray((levels >> 8).astype(np.uint8))

@@ -1,10 +1,8 @@
 """The user's own pictures: one folder a class."""
 
-import contextlib
 import hashlib
 import itertools
 import logging
-import math
 import numbers
 import os
 import warnings
@@ -15,7 +13,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fomaml_jax.datasets._checks import check_choice, check_folder, cli_extra, whole_number
+from fomaml_jax.datasets._checks import (
+    check_choice,
+    check_folder,
+    cli_extra,
+    memory,
+    whole_number,
+)
 from fomaml_jax.datasets._class_folders import EXPECTED, Files, dealt_splits, given_splits
 from fomaml_jax.datasets._types import ImageClasses, Splits
 
@@ -181,7 +185,7 @@ def _check_fits(splits: Sequence[Files], size: int, channels: int) -> None:
     """Refuses what this machine's memory cannot hold, each split as long as its largest class."""
     most = [max(map(len, files.values()), default=0) for files in splits]
     rows = sum(len(files) * count for files, count in zip(splits, most, strict=True))
-    needed, there = rows * size * size * channels, _memory()
+    needed, there = rows * size * size * channels, memory()
     if needed > there:
         largest = max(itertools.chain(*(f.items() for f in splits)), key=lambda item: len(item[1]))
         raise ValueError(
@@ -190,16 +194,6 @@ def _check_fits(splits: Sequence[Files], size: int, channels: int) -> None:
             f"{there / 1e9:.0f}: pass a smaller size, or keep fewer pictures of large classes (in "
             f"{largest[0]} there are {len(largest[1])})"
         )
-
-
-def _memory() -> float:
-    """Bytes that this process may come to use, as far as the system tells."""
-    known = [math.inf]
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows does not tell
-        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(OSError, ValueError):  # in a container; "max" is no number
-        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(known)
 
 
 def _check_fractions(**fractions: float) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fomaml_jax.datasets._checks import check_choice, whole_number
+from fomaml_jax.datasets._checks import check_choice, check_rows_fit, whole_number
 from fomaml_jax.datasets._csv_file import MISSING, Columns
 from fomaml_jax.datasets._types import Groups, GroupSplits
 
@@ -104,6 +104,8 @@ def table(
     values = np.stack([file.numbers(name) for name in columns], axis=1)
     kept, times = _usable(file, group, values, time, missing)
     rows = _rows_by_group(file.text(group), kept, times, shots)
+    if rows:
+        check_rows_fit(file.path, rows, len(columns))
     splits = _dealt(list(rows), validation, test, seed, file, shots)
     trained_on = values[np.concatenate([rows[name] for name in splits[0]])]
     mean, scale = _standard(trained_on, columns)

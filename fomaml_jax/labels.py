@@ -1,0 +1,27 @@
+"""Names and numbers as people read them, whatever is in a name and of whatever size a number is."""
+
+import math
+from collections.abc import Iterable
+
+
+def plain(text: str) -> str:
+    r"""A text for matplotlib: dollars are no mathematics, and what is no letter can be seen.
+
+    Example:
+        >>> print(plain("cost in $"), plain("caf\udce9"))
+        cost in \$ caf\udce9
+    """
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+
+
+def decimals(sizes: Iterable[float]) -> int:
+    """Three, or as many as show three digits of the largest, which may be of any unit.
+
+    Example:
+        >>> decimals([12.0]), decimals([0.000194])
+        (3, 6)
+    """
+    largest = max(sizes, default=0.0)
+    if largest == 0 or not math.isfinite(largest):
+        return 3
+    return max(3, 2 - math.floor(math.log10(largest)))
