@@ -33,7 +33,7 @@ from command_line import (
 )
 from jax.experimental.compilation_cache import compilation_cache
 
-from fomaml_jax import cli, experiment, options, problems, runs
+from fomaml_jax import experiment, options, problems, runs
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -414,42 +414,6 @@ def test_options_of_the_optimizers(sinusoid, glyphs, tmp_path):
         run = trained(tmp_path / name, "glyphs", *SMALL_GLYPHS, "--no-compare", *words)
         same = run.metrics == glyphs.metrics
         assert same == (name == "apply")
-
-
-# Help.
-
-
-@pytest.mark.parametrize("words", ["", "-h", "--help", "train --help", "train -h"])
-def test_help_lists_the_commands(words):
-    run = call(*words.split())
-    assert (run.code, run.out, run.err) == (0, cli.USAGE + "\n", "")
-
-
-@pytest.mark.parametrize("name", options.DATA_SETS)
-def test_help_of_a_data_set_lists_every_option_with_its_default(name):
-    run = call("train", name, "--help")
-    assert (run.code, run.err) == (0, "")
-    entries = re.split(r" (?=--(?!no-))", " ".join(run.out.split()))
-    for field in dataclasses.fields(options.DATA_SETS[name]):
-        option = "--" + field.name.replace("_", "-")
-        (entry,) = (entry for entry in entries if re.match(rf"{option}[ ,]", entry))
-        required = field.default is dataclasses.MISSING
-        assert ("(required)" if required else f"(default: {field.default})") in entry
-
-
-def test_help_of_evaluate_lists_its_options():
-    run = call("evaluate", "--help")
-    assert run.code == 0
-    for option in ("--eval-tasks", "--eval-steps", "--seed", "--path"):
-        assert option in run.out
-
-
-@pytest.mark.parametrize("words", ["-h", "--help", "run --file a.csv --help"])
-def test_help_of_predict_is_of_pictures_and_of_tables(words):
-    run = call("predict", *words.split())
-    assert (run.code, run.err) == (0, "")
-    for option in ("--query", "--unreadable", "--file", "--overwrite"):
-        assert option in run.out
 
 
 def test_the_command_line_runs_where_jax_has_started_with_other_devices(monkeypatch):
