@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import signal
 from pathlib import Path
@@ -57,6 +58,20 @@ def pytest_runtest_protocol(item):
             if item.get_closest_marker(mark) is not None:
                 stack.enter_context(watching(False))
         return (yield)
+
+
+MOST_MAPPINGS = 20_000
+"""Of memory, after which compiled programs are let go of: Linux ends a process at 65,530."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_in_bounds():
+    """A compiled program has dozens of mappings, and a worker compiles thousands of programs."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
