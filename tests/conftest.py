@@ -60,7 +60,7 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-MOST_MAPPINGS = 20_000
+MOST_MAPPINGS = 10_000
 """Of memory, after which compiled programs are let go of: Linux ends a process at 65,530."""
 
 
