@@ -41,7 +41,7 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
 Exit codes: 0 done, or terminated with everything saved; 1 a fault of the program (one line says
 which, and where its traceback is); 2 refused (one line says why); 3 diverged (the state before that
 is saved); 4, or 134 from JAX itself, another process was lost (start all again with --resume); 130
-interrupted (everything is saved; with a second Ctrl-C what was saved last)."""
+interrupted (everything is saved; with a second Ctrl-C all but the last second or so)."""
 
 COMMANDS = {
     "train": train.main,

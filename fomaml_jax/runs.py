@@ -319,11 +319,9 @@ def warn_if_begun(folder: Path) -> None:
     if (folder / RESULT).exists() or not any((folder / n).exists() for n in (*FOLDERS, *_BEGUN)):
         return
     saved = [row["step"] for row in read_metrics(folder) if "validation" in row]
-    state = f"as after step {saved[-1]}" if saved else "as before the first step, untrained"
+    state = f"of step {saved[-1]} or later" if saved else "untrained, or of the first steps"
     why = "diverged" if (folder / DIVERGED).exists() else "not come to its end"
-    warnings.warn(
-        f"the run in {folder} has {why}: its parameters are {state} or a later one", stacklevel=3
-    )
+    warnings.warn(f"the run in {folder} has {why}: its parameters are {state}", stacklevel=3)
 
 
 def save_parameters(folder: Path, params: Params) -> None:

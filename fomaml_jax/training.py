@@ -221,7 +221,7 @@ def train(
             with asked.held():
                 loop.go_back()
             raise
-        except Exception:  # such as one in a function of the caller's
+        except (Exception, KeyboardInterrupt):  # one in a function of the caller's; a second Ctrl-C
             with asked.held():
                 loop.save_what_there_was()
             raise

@@ -89,8 +89,8 @@ def test_a_run_that_is_stopped_while_it_is_judged_goes_on_there(tmp_path, monkey
     assert run.err.endswith(f"interrupted; go on with: fomaml-jax train --resume {tmp_path}\n")
     judged = call("evaluate", tmp_path, "--eval-tasks", "4")
     assert judged.err == (
-        f"fomaml-jax: the run in {tmp_path} has not come to its end: its parameters are as after "
-        "step 3 or a later one\n"
+        f"fomaml-jax: the run in {tmp_path} has not come to its end: its parameters are of step 3 "
+        "or later\n"
     )
     resumed = call("train", "--resume", tmp_path)
     assert rows_of(resumed.out) == rows_of(sinusoid.out)

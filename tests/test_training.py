@@ -282,6 +282,18 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
         train(**LEVELS, on_report=ask)
 
 
+def test_a_second_interrupt_loses_no_more_than_the_call_it_ends(tmp_path):
+    def ask(row, params):
+        if row["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(**LEVELS | {"steps": 10**6, "report_every": 1}, on_report=ask, folder=tmp_path)
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    assert int(newest.name) == 3
+
+
 def test_what_is_being_saved_is_not_torn_apart_by_a_second_interrupt(tmp_path, monkeypatch):
     save = checkpoints.save
 
