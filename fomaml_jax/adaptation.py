@@ -195,9 +195,9 @@ def inner_loop(
         return InnerState(moved, opt_state, after, inner.step + 1), AdaptInfo(value, aux)
 
     def batch_at(step):
-        return (
-            jax.tree.map(lambda x: jnp.asarray(x)[step], support) if per_step_support else support
-        )
+        if not per_step_support:
+            return support
+        return jax.tree.map(lambda x: jnp.asarray(x)[step], support)
 
     return start, step, merged
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from fomaml_jax import refusals
-from fomaml_jax.parallel import OverTasks, accumulator
+from fomaml_jax.dtypes import accumulator
+from fomaml_jax.parallel import OverTasks
 from fomaml_jax.types import MetaGradient, Params, TaskInfo, WithRates, WithState
 
 

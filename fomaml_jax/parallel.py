@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fomaml_jax import refusals
 from fomaml_jax.convolutions import native_convolutions
+from fomaml_jax.dtypes import accumulator
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import MetaGradient, Params, TaskInfo
@@ -236,11 +237,6 @@ def resolve(tasks_at_once: TasksAtOnce, num_tasks: int) -> int:
     if tasks_at_once == "auto":
         return 1 if jax.default_backend() == "cpu" else num_tasks
     return tasks_at_once or num_tasks
-
-
-def accumulator(dtype: Any) -> Any:
-    """Sums over many tasks need more than 16 bits."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _sum_kept(grads: jax.Array, keep: jax.Array) -> jax.Array:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fomaml_jax import refusals
+from fomaml_jax.dtypes import accumulator
 from fomaml_jax.groups import each_group, from_groups
 from fomaml_jax.streams import Waves, drift_and_jumps, drifting, sine_waves
 from fomaml_jax.types import Task
@@ -265,7 +265,7 @@ def random_affine(most: float) -> Augmentation:
         raise ValueError(f"most must be above 0 and below 0.5, got {most}")
 
     def transform(key: jax.Array, image: jax.Array) -> jax.Array:
-        off = jax.random.uniform(key, (2, 2), _places_in(image), -most, most)
+        off = jax.random.uniform(key, (2, 2), accumulator(image.dtype), -most, most)
         return resampled(image, jnp.eye(2, dtype=off.dtype) + off)
 
     return transform
@@ -287,7 +287,7 @@ def resampled(image: jax.Array, matrix: jax.Array) -> jax.Array:
         >>> fj.tasks.resampled(jnp.array([[0.0, 1.0]]), -jnp.eye(2))
         Array([[1., 0.]], dtype=float32)
     """
-    dtype = _places_in(image)
+    dtype = accumulator(image.dtype)  # 16 bits would put places a good part of a pixel off
     middle = [(n - 1) / 2 for n in image.shape[:2]]
     axes = [jnp.arange(2 * m + 1, dtype=dtype) - m for m in middle]
     apart = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))
@@ -297,11 +297,6 @@ def resampled(image: jax.Array, matrix: jax.Array) -> jax.Array:
     resample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1, mode="constant")
     moved = jax.vmap(lambda channel: resample(channel, where), in_axes=2, out_axes=2)(flat)
     return moved.reshape(image.shape).astype(image.dtype)
-
-
-def _places_in(image: jax.Array) -> Any:
-    """The dtype of places in a picture, which 16 bits would put a good part of a pixel off."""
-    return jnp.float32 if jnp.finfo(image.dtype).bits < 32 else image.dtype
 
 
 def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:

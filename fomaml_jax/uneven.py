@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fomaml_jax import refusals
+from fomaml_jax.dtypes import accumulator
 from fomaml_jax.types import Batch, KeyedTask, Task
 
 
@@ -102,7 +103,7 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """
     is_float = jnp.issubdtype(values.dtype, jnp.floating)  # and not hits and misses
     dtype = values.dtype if is_float else jnp.float32
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32  # 16 bits overflow, or stand still
+    wide = accumulator(dtype)
     weights = weights.astype(wide)
     each = values.astype(wide).reshape(values.shape[0], -1).mean(1)
     total = weights.sum()
