@@ -24,17 +24,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def compile_quickly():
     """Most of a test's time is compilation: XLA's older code generator takes half of it.
 
-    Without optimisations even a fifth. Only in this process: programs that tests start are compiled
-    as users' are, but for the optimisations. With both variables set, even to nothing and to 0, all
-    tests compile as users do.
+    Without optimisations even a fifth, in this process. Programs that tests start train for longer,
+    and slowly without any: they have a few of them. With both variables set, even to nothing and
+    to 0, all tests compile as users do.
     """
-    quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+    quick = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
     jax.config.update("jax_disable_most_optimizations", quick)
     # jax 0.12 no longer knows the flag, is about as quick without, and ends where it is set.
     if "XLA_FLAGS" not in os.environ and jax.__version_info__ < (0, 11):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-            jax.jit(lambda: 0)()  # XLA reads its flags once
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+        jax.jit(lambda: 0)()  # XLA reads its flags once
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 
 
 compile_quickly()

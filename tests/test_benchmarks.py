@@ -60,6 +60,7 @@ def run(name, *words):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_short_form(name, tmp_path, request):
     out = tmp_path / "result.json"

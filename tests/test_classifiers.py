@@ -160,6 +160,7 @@ def test_the_network_that_comes_along_is_small_and_says_what_it_is():
     assert trained == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("omniglot_folder", "standard_promotion")
 def test_its_accuracy_is_within_the_interval_that_was_committed():
     """The number in the README, from other tasks of the same distribution."""

@@ -50,6 +50,7 @@ def scaled(out, devices, processes=1):
         return dict(found)
 
 
+@pytest.mark.slow
 def test_devices_and_processes_change_no_number(tmp_path):
     found = scaled(tmp_path / "one.npz", 8) | {
         f"{name}, two processes": value
@@ -102,6 +103,7 @@ def uninterrupted(folder):
     return numbers_of(folder)
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path):
     """On as many processes and devices, to the same bits; on others, to the same but for sums."""
     expected, folder = uninterrupted(tmp_path / "whole"), tmp_path / "cut"
@@ -147,6 +149,7 @@ def test_what_several_processes_cannot_do_is_refused(line):
     assert (code, said) == (2, f"fomaml-jax: {REFUSED[line]}\n")
 
 
+@pytest.mark.slow
 def test_processes_that_were_not_started_alike_are_refused(tmp_path):
     port, started = free_port(), []
     for i, rate in enumerate(("0.01", "0.02")):
@@ -160,6 +163,7 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_terminated_while_judging_ends_the_others_too(tmp_path):
     words = [*WORDS.split(), "--eval-tasks", "200000", "--steps", "3", "--out", tmp_path / "run"]
     victim, other = launched(*words)[::-1]
@@ -175,6 +179,7 @@ def test_a_process_that_is_terminated_while_judging_ends_the_others_too(tmp_path
     assert time.monotonic() - began < 40
 
 
+@pytest.mark.slow
 def test_tasks_that_do_not_divide_among_all_devices_are_refused(tmp_path):
     words = ("sinusoid", "--tasks-per-step", "6", "--out", tmp_path / "run")
     (first, said), (second, nothing) = map(ended, launched(*words))
@@ -184,6 +189,7 @@ def test_tasks_that_do_not_divide_among_all_devices_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_pictures_and_their_baselines_on_devices_that_do_not_divide_the_baselines_tasks(tmp_path):
     """Joint pre-training takes 4 tasks a step, and here are 6 devices."""
     small = "--steps 2 --tasks-per-step 6 --eval-tasks 4 --width 4 --inner-steps 1 --size 8"

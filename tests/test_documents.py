@@ -32,7 +32,7 @@ def test_the_readmes_python_runs_and_adapts():
 def test_the_readmes_commands_are_the_packages():
     text = (ROOT / "README.md").read_text()
     assert "pip install '.[cli]' && fomaml-jax train\n" in text
-    assert "pip install -e '.[test]' && python -m pytest -n auto\n" in text
+    assert "pip install -e '.[test]' && python -m pytest -n auto -m \"not slow\"\n" in text
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -68,6 +68,7 @@ def test_the_stream_examples_result_has_meta_learning_ahead_on_every_stream():
         assert all(ours < theirs for ours, theirs in pairs)
 
 
+@pytest.mark.slow
 def test_the_omniglot_example(omniglot_folder):
     done = run(
         sys.executable,
@@ -79,6 +80,7 @@ def test_the_omniglot_example(omniglot_folder):
     assert after > before + 10
 
 
+@pytest.mark.slow
 def test_the_best_recipe_in_plain_functions(omniglot_folder):
     done = run(
         sys.executable,
@@ -91,6 +93,7 @@ def test_the_best_recipe_in_plain_functions(omniglot_folder):
     assert twenty > 5 + 10
 
 
+@pytest.mark.slow
 def test_two_processes_on_this_machine(tmp_path):
     script = ROOT / "examples" / "distributed" / "local.sh"
     here = Path(sys.executable).parent
@@ -103,6 +106,7 @@ def test_two_processes_on_this_machine(tmp_path):
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guide", sorted((ROOT / "examples" / "frameworks").glob("*.py")), ids=lambda guide: guide.stem
 )
@@ -126,6 +130,7 @@ def test_your_own_shard_map_and_pmap():
     assert example["main"]() < 1e-5
 
 
+@pytest.mark.slow
 def test_parameters_that_need_not_fit_one_device():
     """In a process with eight devices: four parts of the parameters, and never the whole."""
     done = run(sys.executable, ROOT / "examples" / "composition" / "large_models.py")
@@ -139,6 +144,7 @@ def test_parameters_that_need_not_fit_one_device():
     assert parts[3] < 0.9 * parts[2]
 
 
+@pytest.mark.slow
 def test_rare_objects(omniglot_folder, tmp_path):
     """What it keeps serves the command line too, on the folders that it writes."""
     out = tmp_path / "out"

@@ -94,6 +94,7 @@ def test_offsets_remove_what_a_patient_differs_in():
     assert errors["patient's own mean"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pharmacokinetics", "patients"])
 def test_a_short_run(name, tmp_path):
     data = Path(os.environ.get("FOMAML_JAX_DATA", "/nowhere"))

@@ -185,6 +185,7 @@ def test_a_step_leads_towards_the_goal(navigation):
     assert after > before
 
 
+@pytest.mark.slow
 def test_the_short_form_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLES / "navigation.py", "--short", "--out", tmp_path],

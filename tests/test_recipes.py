@@ -55,6 +55,7 @@ def test_what_is_given_goes_over_what_a_recipe_says(tmp_path, monkeypatch):
     assert chosen == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["paper", "best"])
 def test_a_run_of_each_recipe(recipe, tmp_path, monkeypatch, standard_promotion):
     splits = Splits(noise(9, seed=0), noise(7, seed=1), noise(8, seed=2))

@@ -400,6 +400,7 @@ def train_on_blobs(share_that_overflows, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_one_task_in_eight_may_overflow():
     clean, dirty = train_on_blobs(0.0), train_on_blobs(1 / 8)
     assert sum(row["left_out"] for row in clean.metrics) == 0
