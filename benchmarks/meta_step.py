@@ -1,10 +1,11 @@
 """Milliseconds and tasks per second of one meta-gradient against the floor of its products alone.
 
 The floor is measured in the same process: the matrix products that the convolutions of these tasks
-cannot do without (forward, kernel gradient, and input gradient of all layers but the first), on
-the same shapes and devices, and nothing else. The whole step draws its tasks from pictures in
-memory, and updates the parameters with Adam, in one compiled call; what that adds is its share
-(negative where it is less than the noise). Times are medians of interleaved rounds.
+cannot do without (forward, kernel gradient, and input gradient of all layers but the first), on the
+same shapes and devices, and nothing else. The whole step draws its tasks from pictures in memory,
+and updates the parameters with Adam, in one compiled call; what that adds is its share (negative
+where it is less than the noise, or than what the gradient's own call takes to return its results in
+new memory, which a step whose state is donated has there). Times are medians of interleaved rounds.
 """
 
 import functools

@@ -86,12 +86,15 @@ def as_json(result):
 
 
 def table(summary):
-    """Mean returns with their intervals, a method a line."""
+    """Mean returns with their intervals over goals, and the seeds' extremes, a method a line."""
     most = max(map(len, summary.values()))
-    lines = ["return after inner steps" + "".join(f"{k:>16}" for k in range(most))]
+    lines = ["return after inner steps" + "".join(f"{k:>28}" for k in range(most))]
     for name, found in summary.items():
-        cells = (f"{x['mean']:.1f} ± {x['ci95']:.1f}" for x in found)
-        lines.append(f"{name:24}" + "".join(f"{cell:>16}" for cell in cells))
+        cells = (
+            f"{x['mean']:.1f} ± {x['ci95']:.1f} ({x['least']:.1f} to {x['most']:.1f})"
+            for x in found
+        )
+        lines.append(f"{name:24}" + "".join(f"{cell:>28}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -50,6 +50,8 @@ def main():
     parser.add_argument("--shots", type=int, default=1, help="examples a class (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
+    if asked.out.exists() and any(asked.out.iterdir()):  # classes of two tasks would mix
+        parser.error(f"--out: {asked.out} is not empty; remove it, or name another folder")
 
     test = fj.datasets.omniglot(asked.data, size=105).test
     rng = np.random.default_rng(asked.seed)

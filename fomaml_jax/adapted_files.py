@@ -16,7 +16,7 @@ from fomaml_jax.recognition import AdaptedClassifier
 from fomaml_jax.thresholds import Calibration
 
 ABOUT = "about"
-KIND = "adapted classifier, 1"
+KIND, VERSION = "adapted classifier", "1"
 """What such a file says it is; the number goes up when it comes to hold other things."""
 
 _EXPECTED = "expected what fomaml-jax adapt --save or fj.save_adapted has written"
@@ -45,7 +45,7 @@ def save_adapted(adapted: AdaptedClassifier, path: str | os.PathLike[str]) -> No
         ('a', 'b')
     """
     about = {
-        "kind": KIND,
+        "kind": f"{KIND}, {VERSION}",
         "config": options.to_json(adapted.chosen),
         "picture": adapted.picture,
         "names": adapted.names,
@@ -64,7 +64,7 @@ def load_adapted(path: str | os.PathLike[str]) -> AdaptedClassifier:
         path: the file.
 
     Raises:
-        ValueError: where it is missing, damaged, or of another kind.
+        ValueError: where it is missing, damaged, of another kind or another version.
 
     Example:
         >>> import fomaml_jax as fj
@@ -83,11 +83,15 @@ def load_adapted(path: str | os.PathLike[str]) -> AdaptedClassifier:
         raise ValueError(f"{path} is damaged, or of another kind: {_EXPECTED}") from None
     try:
         about = json.loads(str(saved.pop(ABOUT)))
-        if about["kind"] != KIND:
+        kind, version = about["kind"].rsplit(", ", 1)
+        if kind == KIND and version != VERSION:
+            raise ValueError(f"{path} was written by another version of fomaml_jax, as {version}")
+        if kind != KIND:
             raise ValueError
         return runs.fitted(path, saved, _like(about, saved))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        said = f" ({error})" if str(error).startswith(str(path)) else ""
+        is_said = str(error).startswith((str(path), "the configuration"))
+        said = f" ({error})" if is_said else ""
         raise ValueError(f"{path} is of another kind: {_EXPECTED}{said}") from None
 
 

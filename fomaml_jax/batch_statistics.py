@@ -69,7 +69,8 @@ def one_at_a_time(
     `queries x (support examples + 1)` examples.
 
     Args:
-        predict: `(params, inputs) -> outputs`, outputs leading with the example axis.
+        predict: `(params, inputs) -> outputs`, an array, or a pytree of them, that lead with the
+            example axis.
         queries_at_once: how many of those batches are computed together, to bound memory; all
             unless given.
 
@@ -108,9 +109,10 @@ def one_at_a_time(
             return jnp.concatenate([support, query[None]])
 
         def one(query: Any) -> jax.Array:
-            return predict(params, jax.tree.map(behind, inputs.support, query))[-1]
+            outputs = predict(params, jax.tree.map(behind, inputs.support, query))
+            return jax.tree.map(lambda y: y[-1], outputs)
 
-        if queries_at_once is None:
+        if queries_at_once is None or not jax.tree.leaves(inputs.query)[0].shape[0]:
             return jax.vmap(one)(inputs.query)
         return jax.lax.map(one, inputs.query, batch_size=queries_at_once)
 

@@ -187,18 +187,22 @@ class Classifier:
             The parameters of a network for these classes.
 
         Raises:
-            ValueError: for pictures of another shape, labels of another number than they or beyond
-                the ways, or other ways than a learned head's.
+            ValueError: for no pictures, or of another shape; labels or weights of another number
+                than they, labels beyond the ways, or other ways than a learned head's.
             TypeError: for labels that are no integers; without `ways`, under `jit`.
         """
         x, y = as_pictures(support[0], self.picture), support[1]
         ways = self._ways(x, y, ways)
+        if weights is not None and np.shape(weights) != np.shape(y):
+            raise ValueError(
+                f"weights must be [{len(x)}], one a picture, got {list(np.shape(weights))}"
+            )
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
         return adapt(
             cross_entropy(predictor(self.chosen), balanced=True),
             start_of(self.chosen, self.params, self._head(ways), ways),
-            (x if weights is None else Weighted(x, weights), jnp.asarray(y)),
+            (x if weights is None else Weighted(x, jnp.asarray(weights)), jnp.asarray(y)),
             inner_of(self.chosen, self.params, ways),
             steps,
             trainable=moved_of(self.chosen, steps),
@@ -238,6 +242,8 @@ class Classifier:
             raise TypeError(f"labels must be integers, got {jnp.asarray(y).dtype}")
         if np.shape(y) != x.shape[:1]:
             raise ValueError(f"labels must be [{len(x)}], one a picture, got {list(np.shape(y))}")
+        if not len(x):
+            raise ValueError("there are no pictures to adapt to; pass at least one")
         traced = isinstance(y, Tracer)
         y = (
             y if traced else np.asarray(y)

@@ -14,6 +14,21 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
+FEW = 15
+"""With fewer tasks the normal distribution's interval is too narrow by a tenth and more."""
+
+
+def caveat(num_tasks: int) -> str:
+    """What is to be said behind an interval over so few tasks; nothing over enough.
+
+    Example:
+        >>> caveat(4), caveat(100)
+        (', too narrow for so few as 4, of which little can be said', '')
+    """
+    few = f", too narrow for so few as {num_tasks}, of which little can be said"
+    return few if num_tasks < FEW else ""
+
+
 def decimals(sizes: Iterable[float]) -> int:
     """Three, or as many as show three digits of the largest, which may be of any unit.
 

@@ -98,6 +98,7 @@ def learned_rates(
                     has_aux=has_aux,
                     unroll=unroll,
                     trainable=trainable,
+                    grads_serve_twice=True,
                     **of_task,
                 )
                 return value, closed(grads, info, state, shared.params, has_state)

@@ -89,7 +89,9 @@ def meta_learner(
     """Joins a meta-gradient over many tasks and an outer optimizer.
 
     Args:
-        meta_gradient: `(params, tasks) -> (mean grads, TaskInfo)`: the result of `over_tasks`.
+        meta_gradient: `(params, tasks) -> (mean grads, TaskInfo)`: the result of `over_tasks`, or a
+            function around it that clips the mean, say. (Under `axis_name` such a function hides
+            the other devices' losses from `StepInfo` and from an optimizer that needs the loss.)
         optimizer: any optax transformation. One that needs the loss (a plateau schedule, Polyak
             steps) is given `value` and `grad`; a line search, which asks for new values of the
             loss, can be an inner optimizer only. For a `WithState` wrap it in `with_state`: a plain
@@ -115,6 +117,7 @@ def meta_learner(
         >>> state.params, int(state.step)
         (Array([1.], dtype=float32), 1)
     """
+    refusals.check_function("meta_gradient", meta_gradient, "(params, tasks) -> (grads, TaskInfo)")
     refusals.check_optimizer(optimizer)
 
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
@@ -129,10 +132,14 @@ def meta_learner(
             grads, state.opt_state, state.params, value=seen.loss, grad=grads
         )
         params = optax.apply_updates(state.params, updates)
-        if isinstance(meta_gradient, OverTasks) and meta_gradient.skips:
-            # Momentum and weight decay would move what no task has asked for.
+        if not isinstance(meta_gradient, OverTasks) or meta_gradient.skips:
+            # Momentum and weight decay would move what no task has asked for. Of a function around
+            # `over_tasks` the tasks seen are one device's, the gradient is that of all devices.
+            asked = seen.num_finite > 0
+            if totals is None:
+                asked |= seen.grad_norm != 0  # NaN too
             params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(seen.num_finite > 0, new, old),
+                lambda new, old: jnp.where(asked, new, old),
                 (params, opt_state),
                 (state.params, state.opt_state),
             )
@@ -169,6 +176,7 @@ def scheduled_learner(
         >>> centres = jnp.array([[1.0], [3.0]])
         >>> state, _ = learner.step(learner.init(jnp.zeros(1)), fj.Task(centres, centres))
     """
+    refusals.check_function("make_meta_gradient", make_meta_gradient, "step -> meta_gradient")
     refusals.check_optimizer(optimizer)
 
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:

@@ -115,11 +115,13 @@ def query_gradients(
     has_state: bool = False,
     state: Any = None,
     key: jax.Array | None = None,
+    grads_serve_twice: bool = False,
 ) -> tuple[jax.Array, tuple[Params, Any, TaskInfo]]:
     """The weighted query loss; the meta-gradient of `fomaml`, the last state, the `TaskInfo`.
 
-    The loss can be differentiated with respect to what the optimizer was made from, such as learned
-    rates, without the losses' own backward passes being differentiated in turn.
+    With `grads_serve_twice` the loss can be differentiated with respect to what the optimizer was
+    made from, such as learned rates, at no backward pass more: the gradients are its derivative
+    too, and have none of their own.
     """
     _check_task(task)
     start, step, merged = inner_loop(
@@ -139,11 +141,13 @@ def query_gradients(
 
     def judge(inner):
         theta = merged(inner)
+        at = jax.lax.stop_gradient(theta) if grads_serve_twice else theta
         (value, (state, aux)), grads = query_gradient(
-            jax.lax.stop_gradient(theta), task.query, *context(inner, key, query=True)
+            at, task.query, *context(inner, key, query=True)
         )
-        state = kept(inner, state, query=True)
-        return (_with_derivative(value, grads, theta), grads), state, aux
+        if grads_serve_twice:
+            value = _with_derivative(value, grads, theta)
+        return (value, grads), kept(inner, state, query=True), aux
 
     if weights is None:
         end, seen = repeat(step, start, num_steps, unroll)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fomaml_jax import refusals
+from fomaml_jax.dtypes import accumulator
 
 
 def mlp(
@@ -107,6 +108,10 @@ class _MLP(nn.Module):
         return nn.Dense(self.outputs, name="head")(x)
 
 
+LINEAR = ("scaled",)
+"""Features that the last block gives without a rectifier."""
+
+
 class _Conv4(nn.Module):
     ways: int
     widths: tuple[int, ...]
@@ -115,6 +120,11 @@ class _Conv4(nn.Module):
 
     @nn.compact
     def __call__(self, x, weights=None):
+        if x.ndim != 4:  # a convolution would take examples for rows
+            raise ValueError(
+                f"pictures must be [images, height, width, channels], got {x.shape}; give pictures "
+                "without channels one by x[..., None], and several tasks by jax.vmap"
+            )
         if self.pooling == "max" and min(x.shape[1:3]) < 16:
             raise ValueError(
                 "pooling='max' halves pictures four times; pass pictures of at least 16 x 16, got "
@@ -131,13 +141,14 @@ class _Conv4(nn.Module):
                 name=f"conv{block}",
             )(x)
             x = BatchStatistics(name=f"norm{block}")(x, weights)
-            if block < 3 or self.features != "scaled":
+            if block < 3 or self.features not in LINEAR:
                 x = nn.relu(x)
             if self.pooling == "max":
                 x = max_pool(x)
         x = x.mean((1, 2)) if self.features == "mean" else x.reshape(x.shape[0], -1)
         if self.features == "scaled":
-            x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+            squares = x.astype(accumulator(x.dtype)) ** 2
+            x = x * jax.lax.rsqrt(squares.mean(-1, keepdims=True) + 1e-6).astype(x.dtype)
             return nn.Dense(self.ways, kernel_init=nn.initializers.zeros, name="head")(x)
         return nn.Dense(self.ways, name="head")(x)
 
@@ -165,15 +176,18 @@ class BatchStatistics(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], x.dtype)
         shift = self.param("shift", nn.initializers.zeros, x.shape[-1:], x.dtype)
         x = without_padding(x, weights)
+        wide = accumulator(x.dtype)
         if weights is not None:
-            weights = weights.reshape(-1, *(1 for _ in x.shape[1:])).astype(x.dtype)
-            weights = weights / weights.mean()
+            weights = weights.reshape(-1, *(1 for _ in x.shape[1:])).astype(wide)
+            total = weights.mean()
+            weights = weights / jnp.where(total > 0, total, jnp.ones_like(total))
 
         def mean(x):
             return (x if weights is None else weights * x).mean(axes)
 
-        centred = x - jnp.expand_dims(mean(x), axes)
-        factor = scale * jax.lax.rsqrt(mean(centred**2) + self.epsilon)
+        centred = x - jnp.expand_dims(mean(x.astype(wide)).astype(x.dtype), axes)
+        spread = jax.lax.rsqrt(mean(centred.astype(wide) ** 2) + self.epsilon)
+        factor = scale * spread.astype(x.dtype)
         return centred * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)
 
 

@@ -159,6 +159,8 @@ def online(
         return OnlineState(learner.init(params), empty_memory(task, capacity), detector.init(), key)
 
     def step(state: OnlineState, task: Any) -> tuple[OnlineState, Arrival]:
+        refusals.check_arrays("task", task)
+        state, task = jax.tree.map(jnp.asarray, (state, task))  # they may come from a file
         refusals.check_same_task(task, jax.tree.map(lambda x: x[0], state.memory.tasks))
         judged = _judged(meta_gradient, state.learner.params, task)
         # What cannot be learned from is no reason to forget what can.

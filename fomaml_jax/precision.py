@@ -15,8 +15,10 @@ R = TypeVar("R")
 def compute_in(dtype: Any, fn: Callable[P, R]) -> Callable[P, R]:
     """Computes a loss or a network in a lower precision, with everything outside in full.
 
-    Float32 arrays among the arguments (parameters and batches alike) are cast to `dtype` on the
-    way in, floating-point results to float32 on the way out. So the gradients that reach the inner
+    Float32 arrays in the first two arguments (parameters and batch), and in those given by name,
+    are cast to `dtype` on the way in, results of that `dtype` to float32 on the way out. What else
+    is given, such as the state of a `has_state` loss, stays as it is: running averages would stand
+    still in few bits. So the gradients that reach the inner
     and the outer optimizer are float32, and so are the parameters that they move: small updates
     would vanish in bfloat16 sums. Inside, products accumulate in float32 on every backend, and so
     do JAX's own sums and means; keep the loss itself in float32 by wrapping the network alone.
@@ -53,8 +55,8 @@ def compute_in(dtype: Any, fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def computed(*args: P.args, **kwargs: P.kwargs) -> R:
-        args, kwargs = _cast((args, kwargs), lambda x: x == jnp.float32, dtype)
-        return _cast(fn(*args, **kwargs), lambda x: x == dtype, jnp.float32)
+        cast, kwargs = _cast((args[:2], kwargs), lambda x: x == jnp.float32, dtype)
+        return _cast(fn(*cast, *args[2:], **kwargs), lambda x: x == dtype, jnp.float32)
 
     return computed
 

@@ -180,6 +180,8 @@ def _check_classes(
     classes, chosen = len(names), classifier.chosen
     if classes < 2:
         raise ValueError(f"there must be two classes or more to tell apart, got {classes}")
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise ValueError(f"names must differ, {twice[0]!r} is there twice")
     if chosen.head == "learned" and classes > chosen.ways:
         raise ValueError(
             f"the network's head was learned for {chosen.ways} classes, got {classes}: leave out "

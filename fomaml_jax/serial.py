@@ -9,6 +9,7 @@ import optax
 from fomaml_jax import refusals
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, initial, norm
+from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import LossFn, Params, Task, TaskInfo
 
@@ -103,6 +104,7 @@ def serial_reptile(
 
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
         refusals.check_task_axis(tasks)
+        state = varying(state, tasks)
         before = state.params
         state, info = jax.lax.scan(one_task, state, tasks)
         moved = norm(jax.tree.map(jnp.subtract, before, state.params))

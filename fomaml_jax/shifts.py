@@ -205,7 +205,7 @@ def class_imbalance(
 
     Raises:
         ValueError: for counts below 1, or another total; when it is applied, for more than there
-            are.
+            are, or fewer counts than classes.
         TypeError: for traced counts without a total.
 
     Example:
@@ -227,6 +227,9 @@ def class_imbalance(
                 f"counts ask for {np.max(counts)} examples of a class, but {len(counts)} classes "
                 f"have {len(y)} support examples in all"
             )
+        classes = len(counts) if isinstance(y, Tracer) else int(np.max(y)) + 1
+        if classes > len(counts):
+            raise ValueError(f"counts must be one a class, of {classes}, got {len(counts)}")
         kept = jax.random.permutation(key, jnp.asarray(counts))
         same = y[:, None] == y[None, :]
         before = jnp.tril(same, -1).sum(1)  # examples of the same class

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fomaml_jax import refusals
+from fomaml_jax.dtypes import accumulator
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import Batch, MetaGradient, Params, Task, TaskInfo
@@ -57,7 +58,7 @@ def starting_from(
             start, back = jax.vjp(lambda params: prepare(params, task.support), params)
             refusals.check_like_params("prepare", start, params)
             grads, info = refusals.checked_meta_gradient(meta_gradient(start, task))
-            grads = back(grads)[0]
+            grads = back(jax.tree.map(lambda g, x: g.astype(x.dtype), grads, start))[0]
             return grads, finite_with(info, grads)
 
         return prepared_meta_gradient
@@ -78,7 +79,8 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
         ways: classes.
 
     Returns:
-        The kernel `[features, ways]` and the bias `[ways]`.
+        The kernel `[features, ways]` and the bias `[ways]`, in the features' dtype, float32 unless
+        that is a float.
 
     Example:
         >>> import jax.numpy as jnp, fomaml_jax as fj
@@ -90,8 +92,12 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
         Snell, Swersky, Zemel, `Prototypical Networks <https://arxiv.org/abs/1703.05175>`_, 2017,
         section 2.4; Triantafillou et al., `Meta-Dataset <https://arxiv.org/abs/1903.03096>`_, 2020.
     """
-    features = jax.lax.stop_gradient(features)
+    features = jax.lax.stop_gradient(jnp.asarray(features))
+    is_float = jnp.issubdtype(features.dtype, jnp.floating)
+    dtype = features.dtype if is_float else jnp.float32
+    features = features.astype(accumulator(dtype))
     members = jax.nn.one_hot(labels, ways, dtype=features.dtype)
     sums, counts = members.T @ features, members.sum(0)
     prototypes = sums / jnp.maximum(counts, 1)[:, None]
-    return 2 * prototypes.T, -jnp.sum(prototypes**2, -1)
+    kernel, bias = 2 * prototypes.T, -jnp.sum(prototypes**2, -1)
+    return kernel.astype(dtype), bias.astype(dtype)

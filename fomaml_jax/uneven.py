@@ -72,6 +72,8 @@ def stack_tasks(tasks: Sequence[Any]) -> Any:
 
     def stacked(name):
         batches = [getattr(task, name) for task in tasks]
+        for batch in batches:
+            refusals.check_batch(name, batch)
         size = max(refusals.check_same_examples(batch) for batch in batches)
         return jax.tree.map(lambda *x: jnp.stack(x), *(pad_batch(batch, size) for batch in batches))
 
@@ -96,11 +98,19 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     Returns:
         `[]`: the mean over all axes, each example by its weight; zero if no example has any.
 
+    Raises:
+        ValueError: for weights that are not one an example.
+
     Example:
         >>> import jax.numpy as jnp, fomaml_jax as fj
         >>> fj.uneven.weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0]))
         Array(2., dtype=float32)
     """
+    if not np.ndim(values) or np.shape(weights) != np.shape(values)[:1]:
+        raise ValueError(
+            f"weights must be one an example, [examples], got {np.shape(weights)} for values of "
+            f"shape {np.shape(values)}"
+        )
     is_float = jnp.issubdtype(values.dtype, jnp.floating)  # and not hits and misses
     dtype = values.dtype if is_float else jnp.float32
     wide = accumulator(dtype)

@@ -1,6 +1,8 @@
 """A meta-gradient that can be had in several forms, all computing the same numbers."""
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 from fomaml_jax.types import MetaGradient
 
@@ -10,14 +12,17 @@ Variants = Callable[[], dict[str, MetaGradient]]
 
 def with_variants(meta_gradient: MetaGradient, variants: Variants) -> MetaGradient:
     """Notes on a function, which stays a plain one, how to have it in other forms."""
-    setattr(meta_gradient, _NAME, variants)
+    setattr(meta_gradient, _NAME, (weakref.ref(meta_gradient), variants))
     return meta_gradient
 
 
 def variants_of(meta_gradient: MetaGradient) -> dict[str, MetaGradient]:
     """All forms by name; the function itself where it has no others."""
-    variants: Variants | None = getattr(meta_gradient, _NAME, None)
-    return variants() if variants else {"as given": meta_gradient}
+    noted: tuple[Callable[[], Any], Variants] | None = getattr(meta_gradient, _NAME, None)
+    # Decorators copy what is noted on a function, and compute something else.
+    if noted is None or noted[0]() is not meta_gradient:
+        return {"as given": meta_gradient}
+    return noted[1]()
 
 
 def in_every_form(

@@ -157,3 +157,19 @@ def test_a_tasks_key_stays_with_it():
     task = fj.batch_statistics.beside_support(keyed)(key)
     assert isinstance(task, fj.KeyedTask)
     assert (task.key == key).all()
+
+
+def test_no_queries_have_no_predictions():
+    params = NET.init(jax.random.key(0), PICTURES[0])
+    separately = fj.batch_statistics.one_at_a_time(native, queries_at_once=4)
+    assert separately(params, Beside(PICTURES[0], PICTURES[0, :0])).shape == (0, 3)
+
+
+def test_a_network_of_several_outputs():
+    def centred(params, x):
+        return {"sum": (x - x.mean()) + params, "twice": (2 * (x - x.mean()), x)}
+
+    inputs = Beside(jnp.zeros(1), jnp.array([1.0, 3.0]))
+    found = fj.batch_statistics.one_at_a_time(centred)(jnp.zeros(()), inputs)
+    assert found["sum"].tolist() == [0.5, 1.5]
+    assert [x.tolist() for x in found["twice"]] == [[1.0, 3.0], [1.0, 3.0]]

@@ -142,3 +142,16 @@ def test_false_alarms_can_be_made_as_rare_as_a_float_can_say():
 def test_impossible_detectors_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         fj.cusum(**options)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_losses_in_few_bits_are_watched_in_full(dtype):
+    """Those of float16 are below its smallest normal number here."""
+    losses = (1e-5 * jnp.exp(0.3 * jax.random.normal(KEY, (1, 300)))).at[:, 200:].multiply(4)
+    found, expected = watched(losses.astype(dtype)), watched(losses)
+    assert abs(int(found.jump[0].argmax()) - int(expected.jump[0].argmax())) <= 2
+    assert expected.jump[0].argmax() >= 200
+    losses = jnp.array([[3, 5, 4, 60, 70]], jnp.int32)
+    np.testing.assert_array_equal(
+        watched(losses).statistic, watched(losses.astype(jnp.float32)).statistic
+    )

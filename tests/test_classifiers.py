@@ -131,6 +131,10 @@ def test_refusals(ready, pictures, tmp_path):
     for message, (classifier, labels, ways) in refused.items():
         with pytest.raises(ValueError, match=f"^{message}$"):
             classifier.adapt((pictures, labels), ways=ways)
+    with pytest.raises(ValueError, match=r"^weights must be \[6\], one a picture, got \[5\]$"):
+        ready.adapt((pictures, np.arange(6)), weights=np.ones(5))
+    with pytest.raises(ValueError, match=r"^there are no pictures to adapt to"):
+        ready.adapt((pictures[:0], np.arange(0)))
     with pytest.raises(TypeError, match=r"^labels must be integers, got float32$"):
         ready.adapt((pictures, np.ones(6, np.float32)))
     with pytest.raises(TypeError, match=r"^labels are traced: pass ways, the number of classes"):

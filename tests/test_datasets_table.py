@@ -140,8 +140,9 @@ def test_a_feature_that_only_unseen_groups_have_stays_silent(tmp_path):
 
 
 def test_rows_whose_group_is_not_known_are_no_group(tmp_path):
-    with pytest.warns(UserWarning, match="^6 rows|^6 of"):
+    with pytest.warns(UserWarning, match="^6 of|is taken for missing") as said:
         found = read(write(tmp_path, *visits(), *(f"NA,{day},2,3" for day in range(6))))
+    assert "a group that is called 'NA' is taken for missing" in str(said[-1].message)
     assert "NA" not in {name for groups in found.splits for name in groups.names}
 
 

@@ -162,6 +162,13 @@ def test_rare_objects(omniglot_folder, tmp_path):
     assert accuracy == pytest.approx(100 * right, abs=0.6)
 
 
+def test_rare_objects_are_not_mixed_with_those_of_an_earlier_run(tmp_path):
+    (tmp_path / "support").mkdir()
+    done = run(sys.executable, ROOT / "examples" / "rare_objects.py", "--out", tmp_path)
+    assert done.returncode == 2
+    assert "is not empty; remove it, or name another folder" in done.stderr
+
+
 def public_functions():
     names = "tasks", "datasets", "models", "rates", "schedules", "shifts", "uneven"
     for module in (fj, *(getattr(fj, name) for name in names)):

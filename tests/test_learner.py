@@ -133,3 +133,42 @@ def test_what_is_to_propagate_does():
     learner = fj.meta_learner(meta_gradient, optax.sgd(0.5))
     state, _ = learner.step(learner.init(params), jax.tree.map(lambda x: x * jnp.nan, tasks))
     assert jnp.isnan(state.params["w1"]).all()
+
+
+@pytest.mark.makes_nans
+@pytest.mark.parametrize(
+    "wrap", [jax.jit, lambda m: lambda params, tasks: m(params, tasks)], ids=["jit", "function"]
+)
+def test_a_function_around_over_tasks_has_the_same_steps(wrap):
+    params, tasks = network_problem(2)
+    learners = [
+        fj.meta_learner(m, optax.sgd(0.1, momentum=0.9))
+        for m in (META_GRADIENT, wrap(META_GRADIENT))
+    ]
+    states = [learner.init(params) for learner in learners]
+    for factor in (1.0, jnp.nan, 1.0):
+        given = jax.tree.map(lambda x, f=factor: x * f, tasks)
+        states = [
+            learner.step(state, given)[0] for learner, state in zip(learners, states, strict=True)
+        ]
+        assert_close(states[0], states[1], 1e-6)
+
+
+@pytest.mark.makes_nans
+def test_devices_without_a_finite_task_of_their_own_move_with_the_others():
+    """Even where a function around `over_tasks` hides what the others have seen."""
+    params, tasks = network_problem(4)
+    tasks = jax.tree.map(lambda x: x.at[:2].set(jnp.nan).reshape(2, 2, *x.shape[1:]), tasks)
+    over = fj.over_tasks(fj.fomaml(network, optax.sgd(0.1), 1), axis_name="i")
+    learner = fj.meta_learner(lambda p, t: over(p, t), optax.sgd(0.1, momentum=0.9))
+    step = jax.vmap(learner.step, in_axes=(None, 0), axis_name="i")
+    state, info = step(learner.init(params), tasks)
+    assert info.num_finite.tolist() == [0, 2]
+    assert_close(one(state.params, 0), one(state.params, 1), 1e-6)
+    assert (one(state.params)["w1"] != params["w1"]).any()
+
+
+def test_what_is_no_function_is_refused():
+    for make in (fj.meta_learner, fj.scheduled_learner):
+        with pytest.raises(TypeError, match=r"meta_gradient must be a function .*, got None"):
+            make(None, optax.sgd(0.1))

@@ -245,3 +245,24 @@ def test_optimizers_that_need_the_loss():
     for optimizer in (optax.polyak_sgd(), optax.lbfgs()):
         adapted, info = fj.adapt(network, params, task.support, optimizer, 5)
         assert network(adapted, task.support) < info.losses[0]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_what_fomaml_returns_has_the_derivatives_of_what_it_computes(num_steps):
+    """The gradient of the query loss at what `adapt` finds, whose derivative is the identity."""
+    params, tasks = network_problem(1)
+    task, rate = one(tasks), 0.3
+
+    def by_hand(params, rate):
+        theta, _ = fj.adapt(network, params, task.support, optax.sgd(rate), num_steps)
+        return jax.value_and_grad(network)(theta, task.query)
+
+    def ours(params, rate):
+        grads, info = fj.fomaml(network, optax.sgd(rate), num_steps)(params, task)
+        return info.query_loss, grads
+
+    for wrt in (0, 1):
+        found, expected = (jax.jacrev(f, argnums=wrt)(params, rate) for f in (ours, by_hand))
+        assert_close(found, expected)
+    assert optax.tree.norm(jax.jacrev(ours)(params, rate)[1]) > 0.1

@@ -206,3 +206,36 @@ def test_max_pool_and_its_gradient_are_those_of_reduce_window(size):
         return jax.grad(lambda x: (pool(x) * weights).sum())(x)
 
     np.testing.assert_array_equal(gradient(max_pool), gradient(windowed))
+
+
+@pytest.mark.parametrize("shape", [(5, 28, 28), (2, 5, 28, 28, 1)])
+def test_pictures_of_other_axes_are_refused(shape):
+    """Five pictures without channels would be one picture five high."""
+    with pytest.raises(ValueError, match=r"must be \[images, height, width, channels\], got"):
+        fj.models.conv4(5, width=4).init(jax.random.key(0), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics_of_large_numbers_in_float16(weighted):
+    """Their squares are beyond it."""
+    x = jnp.asarray(400 * draw(8, 4, 4, 3))
+    net, weights = BatchStatistics(), jnp.ones(8) if weighted else None
+    params = net.init(jax.random.key(0), x)
+    half = fj.compute_in(jnp.float16, net.apply)(params, x, weights)
+    np.testing.assert_allclose(half, net.apply(params, x, weights), atol=5e-3)
+
+
+def test_scaled_features_of_large_numbers_in_float16():
+    net, x = fj.models.conv4(3, width=4, features="scaled"), jnp.asarray(draw(4, 16, 16, 1))
+    params = random_params(net, x)
+    params["params"]["norm3"]["scale"] *= 1000
+    full, half = (fj.compute_in(dtype, net.apply)(params, x) for dtype in ("float32", "float16"))
+    np.testing.assert_allclose(half, full, atol=0.05)
+
+
+def test_a_batch_in_which_no_example_counts_is_finite():
+    net, x = BatchStatistics(), jnp.asarray(draw(3, 4, 4, 2))
+    params = net.init(jax.random.key(0), x)
+    out = lambda params: jnp.sum(net.apply(params, x, jnp.zeros(3)) ** 2)
+    value, grads = jax.value_and_grad(out)(params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads)))

@@ -151,6 +151,9 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
     with np.load(tmp_path / "state.npz") as file:
         loaded = structure.unflatten(jnp.asarray(file[name]) for name in file.files)
     loaded = loaded._replace(key=jax.random.wrap_key_data(loaded.key))
+    as_read = jax.tree.map(np.asarray, loaded._replace(key=()))._replace(key=loaded.key)
+    _, arrival = learner.step(as_read, one(tasks, 5))  # not compiled
+    assert_close(arrival.loss, losses[5], 1e-5)
     for resumed in (found.tree, loaded):
         end, rest = after(resumed, range(5, 8))
         chex.assert_trees_all_equal(end, whole)

@@ -265,8 +265,8 @@ def test_weights_beyond_the_range_of_a_gradient_leave_it_finite():
 
 
 @pytest.mark.makes_nans
-@pytest.mark.parametrize("wrong", [np.inf, np.nan])
-def test_a_weight_that_is_not_finite_leaves_its_task_out(wrong):
+@pytest.mark.parametrize("wrong", [np.inf, np.nan, -1.0])
+def test_a_weight_that_is_no_weight_leaves_its_task_out(wrong):
     params, tasks = network_problem(2)
     tasks = tasks._replace(query=(tasks.query, jnp.array([[2.0], [wrong]])))
     per_task = lambda params, task: FOMAML(params, task._replace(query=task.query[0]))

@@ -87,3 +87,25 @@ def test_numpy_batches_are_cast_too():
         np.ones(2, np.float32), np.ones(2, np.float32)
     )
     assert seen == ("bfloat16", "bfloat16")
+
+
+def test_the_state_of_a_loss_stays_in_full():
+    """A running average that is moved by less than bfloat16 tells apart, and a count beyond 256."""
+
+    def loss(params, batch, state, key):
+        mean = 0.999 * state["mean"] + 0.001 * batch.mean()
+        return jnp.mean((params - batch) ** 2), ({"mean": mean, "n": state["n"] + 1}, None)
+
+    with jax.numpy_dtype_promotion("standard"):
+        state = fj.adapt(
+            fj.compute_in(jnp.bfloat16, loss),
+            jnp.zeros(()),
+            jnp.full(4, 2.0),
+            optax.sgd(0.01),
+            1000,
+            has_state=True,
+            state={"mean": jnp.ones(()), "n": jnp.zeros(())},
+            key=jax.random.key(0),
+        )[1].state
+    assert int(state["n"]) == 1000
+    np.testing.assert_allclose(state["mean"], 2 - 0.999**1000, rtol=1e-3)

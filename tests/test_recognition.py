@@ -150,6 +150,7 @@ def test_refusals(classifier, pictures, adapted):
         "two classes or more to tell apart, got 1": (classifier, LABELS * 0, ("ant",)),
         "head was learned for 3 classes, got 4: leave out 1, or train": (learned, LABELS, "abcd"),
         "every class needs an example, dog has none": (classifier, LABELS, (*NAMES, "dog")),
+        "names must differ, 'ant' is there twice": (classifier, LABELS, ("ant", "bee", "ant")),
         "labels must be from 0 to 1 for 2 names, got 0 to 2": (classifier, LABELS, NAMES[:2]),
         r"labels must be \[6\], one a picture, got \[5\]": (classifier, LABELS[:5], NAMES),
     }
@@ -200,7 +201,7 @@ def test_a_file_that_is_damaged_or_another_is_refused(adapted, tmp_path):
         fj.load_adapted(write_run(tmp_path / "run") / runs.PARAMETERS)
     kept = runs.by_key_path(adapted)
     about = {
-        "kind": adapted_files.KIND,
+        "kind": f"{adapted_files.KIND}, {adapted_files.VERSION}",
         "config": options.to_json(adapted.chosen),
         "picture": [28, 28, 1],
         "names": NAMES,
@@ -218,6 +219,14 @@ def test_a_file_that_is_damaged_or_another_is_refused(adapted, tmp_path):
     for said, arrays in wrong.values():
         np.savez(path, **{adapted_files.ABOUT: np.asarray(json.dumps(said))}, **arrays)
         with pytest.raises(ValueError, match=f"of another kind: {expected}"):
+            fj.load_adapted(path)
+    younger = {
+        "was written by another version of fomaml_jax, as 2": {"kind": f"{adapted_files.KIND}, 2"},
+        "options differ from this version's: waves": {"config": about["config"] | {"waves": 3}},
+    }
+    for message, change in younger.items():
+        np.savez(path, **{adapted_files.ABOUT: np.asarray(json.dumps(about | change))}, **kept)
+        with pytest.raises(ValueError, match=message):
             fj.load_adapted(path)
 
 

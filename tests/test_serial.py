@@ -92,3 +92,21 @@ def test_a_norm_beyond_float16_is_no_divergence():
         assert int(info.num_finite) == 1
         assert state.params[0] == 0.5
         assert_close(info.grad_norm, 0.5 * 300_000**0.5, 1e-5)
+
+
+def test_each_device_its_own_tasks_from_a_shared_start():
+    params, tasks = network_problem(2)
+    learner = fj.serial_reptile(network, optax.sgd(0.1), 2, optax.sgd(0.5))
+    state = learner.init(params)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    one_each, shared = jax.P("d"), jax.P()
+
+    def of_a_device(state, tasks):
+        return learner.step(state, tasks)[1].loss[None]
+
+    losses = jax.shard_map(of_a_device, mesh=mesh, in_specs=(shared, one_each), out_specs=one_each)(
+        state, tasks
+    )
+    for i in range(2):
+        mine = jax.tree.map(lambda x, i=i: x[i : i + 1], tasks)
+        assert_close(losses[i], learner.step(state, mine)[1].loss, 1e-6)

@@ -213,6 +213,10 @@ REFUSED = {
         lambda: shifts.class_imbalance([20] * WAYS)(KEY, TASK),
         "counts add up to 100, more than the 25 support examples",
     ),
+    "too few": (
+        lambda: shifts.class_imbalance([1] * (WAYS - 2))(KEY, TASK),
+        f"counts must be one a class, of {WAYS}, got {WAYS - 2}",
+    ),
     "an even number": (
         lambda: shifts.uneven_counts(5, 4, 1.0),
         "most must be odd, so that there is a middle, got 4",

@@ -91,3 +91,29 @@ def test_a_task_whose_start_has_no_finite_gradient_is_left_out():
     grads, info = jax.jit(fj.over_tasks(algorithm))(params, tasks)
     assert info.finite.tolist() == [False, True]
     assert_close(grads, algorithm(params, one(tasks, 1))[0], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (jnp.array([[200], [200]], jnp.uint8), 400),
+        (jnp.array([[True], [True]]), 2),
+        (jnp.full((2000, 1), 50, jnp.float16), 100),
+    ],
+    ids=["uint8", "bool", "float16"],
+)
+def test_prototypes_of_numbers_in_few_bits(features, expected):
+    kernel, bias = fj.prototype_head(features, jnp.zeros(len(features), int), ways=1)
+    assert kernel.tolist() == [[expected]]
+    assert bias.tolist() == [-(expected**2) / 4]
+
+
+def test_gradients_in_more_bits_than_the_parameters():
+    def in_full(params, task):
+        info = fj.TaskInfo(jnp.zeros(()), jnp.zeros(1), jnp.array(True), None)
+        return jnp.ones(2, jnp.float32), info
+
+    algorithm = fj.starting_from(lambda params, support: 2 * params, in_full)
+    grads, _ = algorithm(jnp.ones(2, jnp.bfloat16), fj.Task(jnp.ones(1), jnp.ones(1)))
+    assert grads.dtype == jnp.bfloat16
+    assert grads.tolist() == [2, 2]

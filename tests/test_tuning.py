@@ -1,5 +1,7 @@
 """`tune`: what it tries, what it chooses, and what it does when a way does not work."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +154,17 @@ def test_a_preferred_form_leaves_the_function_alone():
     unrolled = preferring("unrolled", given)
     assert list(variants_of(unrolled)) == list(variants_of(given))
     np.testing.assert_allclose(unrolled(params, task)[0], given(params, task)[0], rtol=1e-6)
+
+
+def test_what_a_decorator_copies_is_not_taken_for_its_forms():
+    params, tasks = vector_tasks(2)
+    per_task = fj.fomaml(quadratic, optax.sgd(0.5), 1)
+
+    @functools.wraps(per_task)
+    def doubled(params, task):
+        grads, info = per_task(params, task)
+        return jax.tree.map(lambda g: 2 * g, grads), info
+
+    plan = fj.tune(doubled, params, tasks)
+    found, expected = (fj.over_tasks(f)(params, tasks)[0] for f in (plan.meta_gradient, doubled))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

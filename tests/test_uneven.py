@@ -153,3 +153,15 @@ def test_keys_stay_with_their_tasks():
 def test_a_mean_of_few_bits_neither_overflows_nor_stands_still(count, value, dtype):
     found = fj.uneven.weighted_mean(jnp.full(count, value, dtype), jnp.ones(count))
     assert (found, found.dtype) == (value, dtype)
+
+
+def test_weights_that_are_not_one_an_example_are_refused():
+    for values, weights in [((4, 1), (4, 1)), ((4,), (1,)), ((), ())]:
+        with pytest.raises(ValueError, match=r"weights must be one an example"):
+            fj.uneven.weighted_mean(jnp.ones(values), jnp.ones(weights))
+
+
+def test_empty_batches_are_refused():
+    task = fj.Task(jnp.ones((2, 1)), ())
+    with pytest.raises(ValueError, match="query holds no arrays"):
+        fj.uneven.stack_tasks([task, task])

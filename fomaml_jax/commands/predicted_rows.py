@@ -15,6 +15,7 @@ from fomaml_jax.commands.endings import plain_warnings, refusing, say
 from fomaml_jax.commands.words import parse
 from fomaml_jax.datasets import FewRows, few_rows
 from fomaml_jax.devices import keep_compiled_programs
+from fomaml_jax.labels import caveat
 from fomaml_jax.regressors import Regressor, load_regressor
 
 FAR = 10.0
@@ -154,5 +155,6 @@ def _told(regressor: Regressor, found: FewRows, result: dict | None) -> str:
         said.append(
             f"In training's own table, the {result['metric']} was {result['mean']:.3g} ± "
             f"{result['ci95']:.2g} over {result['num_tasks']} unseen groups"
+            f"{caveat(result['num_tasks'])}"
         )
     return "\n".join(said)

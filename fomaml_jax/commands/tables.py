@@ -6,15 +6,12 @@ from typing import Any
 
 from fomaml_jax import runs
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
-from fomaml_jax.labels import decimals
+from fomaml_jax.labels import caveat, decimals
 
 STATISTICS = {
     TRANSDUCTIVE: "query batches normalised together (transductive)",
     ONE_AT_A_TIME: "each query normalised beside the support set alone",
 }
-
-FEW = 15
-"""With fewer tasks the normal distribution's interval is too narrow by a tenth and more."""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -34,9 +31,7 @@ def table(result: dict[str, Any]) -> str:
 
     normalised = f", {STATISTICS[result['statistics']]}" if result["statistics"] else ""
     head = f"{result['metric']} on {result['num_tasks']} unseen tasks{normalised}"
-    foot = "± is a 95 % interval over tasks"
-    if result["num_tasks"] < FEW:
-        foot += f", too narrow for so few as {result['num_tasks']}, of which little can be said"
+    foot = "± is a 95 % interval over tasks" + caveat(result["num_tasks"])
     lines = [head, "", *(line(*item) for item in rows.items()), "", foot, *_against_it(result)]
     return "\n".join(["", *lines])
 

@@ -136,8 +136,9 @@ def _usable(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which rows stay, `[rows]`, and the time of each."""
     times = np.arange(len(values)) if time is None else file.times(time)
+    groups = file.text(group)
     lacking = {
-        "group": np.array([name.lower() in MISSING for name in file.text(group)]),
+        "group": np.array([name.lower() in MISSING for name in groups]),
         "target": np.isnan(values[:, 0]),
         "time": np.isnan(times),
     }
@@ -146,6 +147,9 @@ def _usable(
     for what, rows in lacking.items():
         if rows.any():
             _say(f"{rows.sum()} of {len(rows)} rows are left out, their {what} is missing")
+    # It may be an abbreviation, and not for missing.
+    if words := sorted({name for name in groups if name and name.lower() in MISSING}):
+        _say(f"a group that is called {words[0]!r} is taken for missing; give it another name")
     return ~np.logical_or.reduce(list(lacking.values())), times
 
 
