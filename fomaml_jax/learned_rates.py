@@ -57,7 +57,8 @@ def learned_rates(
             such trees too.
 
     Returns:
-        A function `(WithRates, task) -> (WithRates of gradients, TaskInfo)`.
+        A function `(WithRates, task) -> (WithRates of gradients, TaskInfo)`. These gradients are
+        not to be differentiated in turn: they have no derivative in the shared parameters.
 
     Raises:
         TypeError: as `adapt`, and for parameters that are not a `WithRates`.

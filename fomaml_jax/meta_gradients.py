@@ -36,7 +36,9 @@ def fomaml(
     .. math:: g = \nabla L_{query}(\theta_K), \quad \theta_K = \mathrm{adapt}(\theta, support)
 
     This is what differentiating `adapt` with `first_order=True` gives, but the loop is not
-    differentiated: nothing of it is kept, and memory does not grow with `num_steps`.
+    differentiated: nothing of it is kept, and memory does not grow with `num_steps`. What it gives
+    may be differentiated in turn (learned outer rates, say): of the loop as `adapt` has it, of the
+    query gradient in full.
 
     Args:
         loss_fn: `(params, batch) -> loss []`, or `-> (loss [], aux)` with `has_aux`; used on the

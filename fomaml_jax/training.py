@@ -150,8 +150,10 @@ def train(
     Raises:
         ImportError: for a folder without orbax, which writes the checkpoints.
         ValueError: for no budget, numbers below one, a folder with a run in it (without `resume`)
-            or one that another process trains in, a checkpoint of another problem, key, meta-batch
-            or `config`, or where all are damaged; where several processes were called differently.
+            or one that another process trains in, a checkpoint of another problem (one with best
+            parameters where `validate` is given, and none where not), key, meta-batch, `config` or
+            `lower_is_better`, or where all are damaged; where several processes were called
+            differently.
         TypeError: for a `config` that is not plain JSON; a ValueError for NaN in it.
         DivergedError: where a run has diverged; it holds what there was before.
 
@@ -191,6 +193,8 @@ def train(
         start = outer_steps.start(learner.init(params))
     history = History(start, scored=validate is not None)
     identity = identity_of(key, tasks_per_step, config)
+    if validate is not None:
+        identity["lower_is_better"] = lower_is_better
     keeper = Keeper(None if folder is None else Path(folder), identity, made_by(mesh))
     processes.check_alike(json.dumps([identity, dataclasses.asdict(agenda)], default=str))
     with contextlib.ExitStack() as stack:

@@ -97,10 +97,16 @@ def omniglot_folder():
     return folder
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder for compiled programs, this worker's alone."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.fixture(scope="module")
-def kept_compiles(tmp_path_factory):
-    """What one test compiled serves the next."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+def kept_compiles(compiled):
+    """What one test compiled serves the next, and those of other modules."""
+    jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     compilation_cache.reset_cache()
     yield

@@ -200,6 +200,15 @@ def test_the_callers_names_do_not_hide_ours(tmp_path):
         train(**RUN, **named, resume=True, key=jax.random.key(9))
 
 
+def test_what_the_best_is_stays_what_it_was(tmp_path):
+    scored = RUN | {"validate": lambda params: 1.0, "folder": tmp_path}
+    train(**scored, lower_is_better=True)
+    with pytest.raises(ValueError, match="lower_is_better was True, now False"):
+        train(**scored, resume=True)
+    with pytest.raises(ValueError, match=r"of another problem: \['best'\]"):
+        train(**scored | {"validate": None}, resume=True)
+
+
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     with held(tmp_path), pytest.raises(ValueError, match=f"another .* trains in {tmp_path}"):
         train(**RUN, folder=tmp_path)

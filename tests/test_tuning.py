@@ -36,6 +36,7 @@ def vector_tasks(count):
     return jnp.zeros(3), fj.Task(centres, centres)
 
 
+@pytest.mark.filterwarnings("ignore:this loss holds native")  # may be chosen
 def test_tries_every_form_and_size_and_computes_the_same():
     params, tasks = image_tasks(4)
     meta_gradient = fj.fomaml(image_loss, optax.sgd(0.1), num_steps=2)
