@@ -227,7 +227,7 @@ def class_imbalance(
                 f"counts ask for {np.max(counts)} examples of a class, but {len(counts)} classes "
                 f"have {len(y)} support examples in all"
             )
-        classes = len(counts) if isinstance(y, Tracer) else int(np.max(y)) + 1
+        classes = len(counts) if isinstance(y, Tracer) else int(np.asarray(y).max()) + 1
         if classes > len(counts):
             raise ValueError(f"counts must be one a class, of {classes}, got {len(counts)}")
         kept = jax.random.permutation(key, jnp.asarray(counts))
