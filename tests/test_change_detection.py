@@ -91,6 +91,14 @@ def test_false_alarms_are_as_rare_as_asked_for(asked, shift):
     assert 0.9 * asked < found < 1.3 * asked
 
 
+@pytest.mark.parametrize(("window", "times"), [(100, 1.3), (30, 3.3)])
+def test_false_alarms_are_rarer_the_shorter_the_window(window, times):
+    losses = jnp.exp(jax.random.normal(KEY, (100, 6000)))
+    found = time_between_alarms(losses, false_alarm_every=1000, window=window)
+    assert found == pytest.approx(1000 * times, rel=0.15)
+    assert time_between_alarms(losses, false_alarm_every=1000, window=10) > 20 * 1000
+
+
 def test_false_alarms_of_squared_errors_are_rarer():
     losses = jnp.asarray(np.random.default_rng(0).chisquare(5, (300, 2000)), jnp.float32)
     assert time_between_alarms(losses, false_alarm_every=200) > 200
