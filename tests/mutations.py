@@ -96,14 +96,14 @@ MUTATIONS = [
     ),
     Mutation(
         "starts.py",
-        "features = jax.lax.stop_gradient(features)",
-        "features = features * 1",
+        "features = jax.lax.stop_gradient(jnp.asarray(features))",
+        "features = jnp.asarray(features)",
         "test_starts.py",
     ),
     Mutation(
         "starts.py",
-        "grads = back(grads)[0]",
-        "grads = grads",
+        "grads = back(jax.tree.map(lambda g, x: g.astype(x.dtype), grads, start))[0]",
+        "pass",
         "test_starts.py test_algorithms.py",
     ),
     Mutation(
@@ -115,7 +115,7 @@ MUTATIONS = [
     Mutation("regressors.py", "believed * above", "above", "test_predicted_rows.py"),
     Mutation(
         "learner.py",
-        "if isinstance(meta_gradient, OverTasks) and meta_gradient.skips:",
+        "if not isinstance(meta_gradient, OverTasks) or meta_gradient.skips:",
         "if False:",
         "test_learner.py",
     ),
