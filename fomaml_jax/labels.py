@@ -18,7 +18,7 @@ FEW = 15
 """With fewer tasks the normal distribution's interval is too narrow by a tenth and more."""
 
 
-def caveat(num_tasks: int) -> str:
+def caveat(num_tasks: float) -> str:
     """What is to be said behind an interval over so few tasks; nothing over enough.
 
     Example:

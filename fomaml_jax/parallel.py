@@ -17,6 +17,7 @@ from fomaml_jax.dtypes import accumulator
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import MetaGradient, Params, TaskInfo
+from fomaml_jax.variants import was_measured
 
 TasksAtOnce = int | None | Literal["auto"]
 
@@ -93,7 +94,8 @@ def over_tasks(
 
     Warns:
         UserWarning: on CPU, where the per-task function holds native convolutions, which are
-            several times slower there than with `matmul_convolutions`.
+            several times slower there than with `matmul_convolutions`, and `tune` has not found
+            them to be faster.
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
@@ -246,7 +248,7 @@ def _sum_kept(grads: jax.Array, keep: jax.Array) -> jax.Array:
 
 
 def _warn_of_native_convolutions(meta_gradient: MetaGradient, params: Params, tasks: Any) -> None:
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or was_measured(meta_gradient):
         return
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     if native_convolutions(jax.make_jaxpr(meta_gradient)(params, one_task)):

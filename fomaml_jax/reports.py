@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fomaml_jax import options, runs
-from fomaml_jax.labels import decimals, plain
+from fomaml_jax.labels import caveat, decimals, plain
 
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#222222")
 
@@ -113,6 +114,7 @@ def page(found: Sequence[Finished], pictures: dict[str, bytes]) -> str:
         _table(
             list(RESULT_COLUMNS), [[show(run) for show in RESULT_COLUMNS.values()] for run in found]
         ),
+        f"<p>± is a 95 % interval over tasks{_caveat(found)}</p>",
     ]
     for name, content in pictures.items():
         encoded = base64.b64encode(content).decode()
@@ -150,6 +152,11 @@ def _scored(run: Finished) -> str:
     return f"{mean:.{places}f} ± {ci95:.{places}f}"
 
 
+def _caveat(found: Sequence[Finished]) -> str:
+    judged_on = [(run.result or {}).get("num_tasks") for run in found]
+    return caveat(min((n for n in judged_on if n is not None), default=math.inf))
+
+
 def _of_result(name: str) -> Any:
     def show(run: Finished) -> str:
         found = None if run.result is None else run.result.get(name)
@@ -162,6 +169,7 @@ RESULT_COLUMNS = {
     "run": lambda run: run.name,
     "data": lambda run: run.config["dataset"],
     "on unseen tasks": _scored,
+    "their number": _of_result("num_tasks"),
     "queries normalised": _of_result("statistics"),
     "inner steps": _of_result("inner_steps"),
     "training tasks": _of_result("tasks_seen"),

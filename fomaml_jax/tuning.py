@@ -14,7 +14,7 @@ from fomaml_jax import refusals
 from fomaml_jax.convolutions import native_convolutions
 from fomaml_jax.parallel import over_tasks, resolve
 from fomaml_jax.types import MetaGradient, Params
-from fomaml_jax.variants import variants_of
+from fomaml_jax.variants import as_measured, variants_of
 
 _REPEATS = 5
 
@@ -126,9 +126,8 @@ def tune(
     for size in _sizes(most):
         search.try_out(best.variant, size)
     chosen = search.best_of_rerun()
-    return Plan(
-        search.forms[chosen.variant], chosen.tasks_at_once, chosen.variant, tuple(search.trials)
-    )
+    fastest = as_measured(search.forms[chosen.variant])
+    return Plan(fastest, chosen.tasks_at_once, chosen.variant, tuple(search.trials))
 
 
 def _forms(

@@ -21,6 +21,8 @@ def test_a_report_is_one_page_and_its_pictures(sinusoid, tmp_path):
     assert "<td>rate</td><td>0.001</td><td>0.1</td>" in text
     assert "<td>seed</td>" not in text  # the same in both
     assert f"{other.result['mean']:.3f} ± {other.result['ci95']:.3f}" in text
+    judged_on = sinusoid.result["num_tasks"]
+    assert f"interval over tasks, too narrow for so few as {judged_on}," in text
     for name in names - {"report.html"}:
         assert is_picture(tmp_path / "out" / name)
 

@@ -78,6 +78,18 @@ def test_a_stopped_run_is_usable_and_resumed_to_the_same_result(
     assert again.out.endswith(f"The run in {tmp_path} was finished before.\n")
 
 
+def test_baselines_can_be_asked_for_when_a_run_has_finished(tmp_path, sinusoid):
+    shutil.copytree(sinusoid.folder, tmp_path, dirs_exist_ok=True)
+    compared = call("train", "--resume", tmp_path, "--compare")
+    assert compared.code == 0, compared.err
+    mine = rows_of(sinusoid.out)
+    assert rows_of(compared.out)[: len(mine)] == mine
+    assert json.loads((tmp_path / "result.json").read_text())["baselines"]
+    again = call("train", "--resume", tmp_path, "--compare")
+    assert rows_of(again.out) == rows_of(compared.out)
+    assert again.out.endswith("was finished before.\n")
+
+
 def test_a_run_that_is_stopped_while_it_is_judged_goes_on_there(tmp_path, monkeypatch, sinusoid):
     def terminate(*args):
         os.kill(os.getpid(), signal.SIGTERM)

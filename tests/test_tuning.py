@@ -36,7 +36,6 @@ def vector_tasks(count):
     return jnp.zeros(3), fj.Task(centres, centres)
 
 
-@pytest.mark.filterwarnings("ignore:this loss holds native")  # may be chosen
 def test_tries_every_form_and_size_and_computes_the_same():
     params, tasks = image_tasks(4)
     meta_gradient = fj.fomaml(image_loss, optax.sgd(0.1), num_steps=2)
@@ -143,6 +142,20 @@ def test_wrapped_forms_keep_their_names():
     task = jax.tree.map(lambda x: x[0], tasks)
     expected = fj.fomaml(quadratic, optax.sgd(0.1), 2)(2 * params + 2, task)[0]
     np.testing.assert_allclose(plan.meta_gradient(params + 1, task)[0], expected, rtol=1e-6)
+
+
+def test_what_was_measured_is_not_warned_of():
+    params, tasks = image_tasks(4)
+    native = fj.fomaml(image_loss, optax.sgd(0.1), num_steps=1)
+    plan = fj.tune({"the only one": native}, params, tasks)
+    fj.over_tasks(plan.meta_gradient)(params, tasks)
+
+    @functools.wraps(native)
+    def around(params, task):
+        return native(params, task)
+
+    with pytest.warns(UserWarning, match="holds native convolutions"):
+        fj.over_tasks(around)(params, tasks)
 
 
 def test_a_preferred_form_leaves_the_function_alone():

@@ -44,11 +44,12 @@ def main(words: list[str]) -> None:
         chosen, folder = _new_run(name or "glyphs", rest)
     else:
         chosen, folder = _run_to_resume(name, rest, resumed), resumed
-    if resumed is not None and (result := runs.finished(resumed)) is not None:
+    if resumed is not None and (result := _finished(resumed, chosen)) is not None:
         with refusing():
             shown = read_table(resumed, result)
-        print(shown)
-        print(f"\nThe run in {resumed} was finished before.")
+        if join is None or join["process"] in (None, 0):
+            print(shown)
+            print(f"\nThe run in {resumed} was finished before.")
         return
     with refusing():
         options.check(chosen)
@@ -134,6 +135,13 @@ def _run_to_resume(name: str | None, words: list[str], folder: Path) -> options.
     with refusing():
         options.check_resumed(saved, chosen)
     return chosen
+
+
+def _finished(folder: Path, chosen: options.Options) -> dict[str, Any] | None:
+    """The result of a run of which nothing more is asked than it holds."""
+    result = runs.finished(folder)
+    lacks_baselines = chosen.compare and not (result or {}).get("baselines")
+    return None if lacks_baselines else result
 
 
 def _without_processes(words: list[str]) -> tuple[list[str], dict[str, Any] | None]:
