@@ -150,7 +150,7 @@ def inner_loop(
     refusals.check_optimizer(optimizer)
     refusals.check_bare(params)
     refusals.check_params(params)
-    refusals.check_batch("support", support)
+    refusals.check_batch("support", support, axis=1 if per_step_support else 0)
     refusals.check_rates(optimizer, params)
     if per_step_support:
         refusals.check_per_step(support, num_steps)

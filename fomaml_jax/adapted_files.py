@@ -51,7 +51,7 @@ def save_adapted(adapted: AdaptedClassifier, path: str | os.PathLike[str]) -> No
         "names": adapted.names,
         "background": adapted.background,
     }
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with runs.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **{ABOUT: np.asarray(json.dumps(about))}, **runs.by_key_path(adapted))
@@ -74,7 +74,7 @@ def load_adapted(path: str | os.PathLike[str]) -> AdaptedClassifier:
         ValueError: nowhere.npz is not a file, expected what fomaml-jax adapt --save or
         fj.save_adapted has written
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path} is not a file, {_EXPECTED}")
     try:

@@ -16,6 +16,7 @@ from fomaml_jax import models, options, refusals, runs
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.batch_statistics import one_at_a_time
 from fomaml_jax.convolutions import matmul_convolutions
+from fomaml_jax.dtypes import accumulator
 from fomaml_jax.heads import (
     HEAD,
     descent_at,
@@ -94,6 +95,7 @@ def cross_entropy(predict: Predict, *, balanced: bool = False) -> LossFn:
         losses = optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y)
         weights = x.weights if isinstance(x, Weighted) else jnp.ones_like(losses)
         if balanced:
+            weights = weights.astype(accumulator(losses.dtype))
             of_class = (y[:, None] == y[None, :]).astype(weights.dtype) @ weights
             weights = weights / jnp.where(of_class > 0, of_class, jnp.ones_like(of_class))
         return weighted_mean(losses, weights)
@@ -180,29 +182,30 @@ class Classifier:
             ways: number of classes; one more than the greatest label unless given, which it must
                 be under `jit`. A head that is learned has its own, and no others.
             steps: of adaptation; as in the options unless given.
-            weights: of the pictures, `[n]`; all alike unless given. A picture of weight zero is as
-                if it were not there.
+            weights: of the pictures, `[n]`, at least zero; all alike unless given. A picture of
+                weight zero, or `False`, is as if it were not there.
 
         Returns:
             The parameters of a network for these classes.
 
         Raises:
             ValueError: for no pictures, or of another shape; labels or weights of another number
-                than they, labels beyond the ways, or other ways than a learned head's.
-            TypeError: for labels that are no integers; without `ways`, under `jit`.
+                than they; weights that are negative, not finite or all zero; labels beyond the
+                ways, or other ways than a learned head's.
+            TypeError: for labels that are no integers, pictures of integers other than uint8;
+                without `ways`, under `jit`.
         """
         x, y = as_pictures(support[0], self.picture), support[1]
         ways = self._ways(x, y, ways)
-        if weights is not None and np.shape(weights) != np.shape(y):
-            raise ValueError(
-                f"weights must be [{len(x)}], one a picture, got {list(np.shape(weights))}"
-            )
+        if weights is not None:
+            _check_weights(weights, len(x))
+            x = Weighted(x, jnp.asarray(weights, x.dtype))  # masks of booleans too
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
         return adapt(
             cross_entropy(predictor(self.chosen), balanced=True),
             start_of(self.chosen, self.params, self._head(ways), ways),
-            (x if weights is None else Weighted(x, jnp.asarray(weights)), jnp.asarray(y)),
+            (x, jnp.asarray(y)),
             inner_of(self.chosen, self.params, ways),
             steps,
             trainable=moved_of(self.chosen, steps),
@@ -265,13 +268,24 @@ class Classifier:
         return ways
 
 
+def _check_weights(weights: Any, count: int) -> None:
+    if np.shape(weights) != (count,):
+        raise ValueError(f"weights must be [{count}], one a picture, got {list(np.shape(weights))}")
+    if isinstance(weights, Tracer):
+        return
+    plain = np.asarray(weights, np.float64)
+    if not (np.isfinite(plain).all() and plain.min() >= 0 and plain.max() > 0):
+        raise ValueError("weights must be at least 0, finite, and some of them above 0")
+
+
 def as_pictures(x: Any, picture: tuple[int, ...]) -> jax.Array:
     """Pictures of the shape `picture` in `[0, 1]`, from uint8 or as they are.
 
     Raises:
+        TypeError: for other integers, of which nobody knows what white is.
         ValueError: for any of another shape.
     """
-    x = as_float(jnp.asarray(x))
+    x = refusals.checked_pixels(as_float(jnp.asarray(x)))
     if x.shape[1:] != picture:
         shape = ", ".join(map(str, picture))
         raise ValueError(f"pictures must be [n, {shape}], got {list(x.shape)}")
@@ -320,7 +334,7 @@ def folder_of(run: str | Path) -> Path:
     """
     name = str(run)
     if not name.startswith(PRETRAINED):
-        return Path(run)
+        return Path(run).expanduser()
     there = sorted(path.name for path in READY.iterdir() if path.is_dir())
     name = name.removeprefix(PRETRAINED)
     if name not in there:

@@ -82,10 +82,10 @@ def evaluate(
     """
     refusals.check_at_least("num_tasks", num_tasks, 2)
 
-    def task_of(index: jax.Array) -> Task:
+    def task_of(key: jax.Array, index: jax.Array) -> Task:
         return sample_task(jax.random.fold_in(key, index))
 
-    return _evaluate(adapt_fn, metric_fn, params, task_of, num_tasks, tasks_at_once, mesh)
+    return _evaluate(adapt_fn, metric_fn, (params, key), task_of, num_tasks, tasks_at_once, mesh)
 
 
 def evaluate_on(
@@ -124,50 +124,52 @@ def evaluate_on(
     num_tasks = refusals.check_task_axis(tasks)
     refusals.check_at_least("the number of tasks", num_tasks, 2)
 
-    def task_of(index: jax.Array) -> Task:
+    def task_of(tasks: Task, index: jax.Array) -> Task:
         return jax.tree.map(lambda x: jnp.asarray(x)[index], tasks)  # clamped
 
-    return _evaluate(adapt_fn, metric_fn, params, task_of, num_tasks, tasks_at_once, mesh)
+    return _evaluate(adapt_fn, metric_fn, (params, tasks), task_of, num_tasks, tasks_at_once, mesh)
 
 
 def _evaluate(
     adapt_fn: Callable[[Params, Batch], Any],
     metric_fn: Callable[[Any, Batch], Any],
-    params: Params,
-    task_of: Callable[[jax.Array], Task],
+    given: tuple[Params, Any],
+    task_of: Callable[[Any, jax.Array], Task],
     num_tasks: int,
     tasks_at_once: TasksAtOnce,
     mesh: Mesh | None,
 ) -> Evaluation:
+    """On the tasks of indices; `given` are the parameters, and what tasks are made of."""
     refusals.check_tasks_at_once(tasks_at_once)
 
-    def one_task(params, index):
-        task = task_of(index)
+    def one_task(given, index):
+        params, source = given
+        task = task_of(source, index)
         return jax.tree.map(_scalar, metric_fn(adapt_fn(params, task.support), task.query))
 
-    def of_tasks(params, indices):
-        each = functools.partial(one_task, params)
+    def of_tasks(given, indices):
+        each = functools.partial(one_task, given)
         return in_chunks(
             lambda _, chunk: (None, together(each, chunk)), None, indices, tasks_at_once
         )[1]
 
     if mesh is None:
-        per_task = of_tasks(params, jnp.arange(num_tasks, dtype=jnp.uint32))
+        per_task = of_tasks(given, jnp.arange(num_tasks, dtype=jnp.uint32))
     else:
-        per_task = _shared_out(of_tasks, mesh, params, num_tasks)
+        per_task = _shared_out(of_tasks, mesh, given, num_tasks)
     return _summary(per_task, num_tasks)
 
 
-def _shared_out(of_tasks: Callable[..., Any], mesh: Mesh, params: Params, num_tasks: int) -> Any:
-    """`of_tasks(params, indices)` of all tasks from the devices of a mesh, in task order."""
+def _shared_out(of_tasks: Callable[..., Any], mesh: Mesh, given: Any, num_tasks: int) -> Any:
+    """`of_tasks(given, indices)` of all tasks from the devices of a mesh, in task order."""
 
-    def on_a_device(params, indices):
-        mine = of_tasks(params, indices)
+    def on_a_device(given, indices):
+        mine = of_tasks(given, indices)
         return jax.lax.all_gather(mine, mesh.axis_names, tiled=True), None
 
     # As many for every device; those beyond the last are left out again.
     indices = jnp.arange(-(-num_tasks // mesh.size) * mesh.size, dtype=jnp.uint32)
-    per_task, _ = shared_out(on_a_device, mesh, params, indices)
+    per_task, _ = shared_out(on_a_device, mesh, given, indices)
     return jax.tree.map(lambda x: x[:num_tasks], per_task)
 
 
@@ -198,6 +200,9 @@ def paired_difference(one: Evaluation, other: Evaluation) -> Evaluation:
         >>> bool(difference.ci95 < low.ci95)
         True
     """
+    kinds = [jax.tree.structure(found.per_task) for found in (one, other)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"the evaluations are of different metrics, {kinds[0]} and {kinds[1]}")
     # By their shapes: under a transformation the number is an array, which may be traced.
     ours, theirs = (len(jax.tree.leaves(found.per_task)[0]) for found in (one, other))
     if ours != theirs:

@@ -163,7 +163,7 @@ def _check_counts(counts: np.ndarray, most: int, shots: int) -> None:
 
 
 def _check_finite(name: str, leaf: Any, counts: np.ndarray) -> None:
-    if isinstance(leaf, Tracer) or np.asarray(leaf).dtype.kind != "f":
+    if isinstance(leaf, Tracer) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return
     real = np.arange(leaf.shape[1]) < counts[:, None]
     finite = np.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(-1)

@@ -125,7 +125,7 @@ def query_gradients(
     made from, such as learned rates, at no backward pass more: the gradients are its derivative
     too, and have none of their own.
     """
-    _check_task(task)
+    refusals.check_task(task)
     start, step, merged = inner_loop(
         loss_fn,
         params,
@@ -280,7 +280,7 @@ def maml(
             return total, (values[-1], seen, _last(states), _last(auxes))
 
         def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
-            _check_task(task)
+            refusals.check_task(task)
             params, of_task = opened(shared, task, has_state)
             refusals.check_params(params)
             _warn_of_infinite_curvature(optimizer, params)
@@ -309,10 +309,10 @@ def reptile(
 
     .. math:: g = \theta - \theta_K, \quad \theta_K = \mathrm{adapt}(\theta, support)
 
-    No derivative at all of the query loss, which is computed for the report alone (and removed by
-    the compiler where the report is not used). With `optax.sgd(epsilon)` outside this is the
-    paper's batched update :math:`\theta \leftarrow \theta + \epsilon\,\overline{(\theta_K -
-    \theta)}`.
+    No derivative at all of the query loss, which is computed for the report alone; a task whose
+    query loss is not finite counts as not finite all the same. With `optax.sgd(epsilon)` outside
+    this is the paper's batched update :math:`\theta \leftarrow \theta +
+    \epsilon\,\overline{(\theta_K - \theta)}`.
 
     Args:
         loss_fn: as for `fomaml`.
@@ -347,7 +347,7 @@ def reptile(
         objective = refusals.checked_loss(loss_fn, has_aux, has_state)
 
         def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
-            _check_task(task)
+            refusals.check_task(task)
             params, of_task = opened(shared, task, has_state)
             start, step, merged = inner_loop(
                 loss_fn,
@@ -449,14 +449,6 @@ def _all_finite(x: jax.Array) -> jax.Array:
     # By the extremes, which NaN passes through: `isfinite(x).all()` is a seventh of a small task's
     # time on CPU, where it writes a boolean for every element first.
     return jnp.isfinite(x.max(initial=0)) & jnp.isfinite(x.min(initial=0))
-
-
-def _check_task(task: Task) -> None:
-    if not (hasattr(task, "support") and hasattr(task, "query")):
-        raise TypeError(
-            f"task must be a fomaml_jax.Task(support, query), got a {type(task).__name__}"
-        )
-    refusals.check_batch("query", task.query)
 
 
 def _warn_of_infinite_curvature(optimizer: optax.GradientTransformation, params: Params) -> None:

@@ -206,7 +206,7 @@ def draw(memory: Memory, key: jax.Array, num_tasks: int) -> Any:
 
 
 def _judged(meta_gradient: MetaGradient, params: Params, task: Any) -> TaskInfo:
-    """What the algorithm sees of one task: under `jax.jit` its gradient is not computed."""
+    """What the algorithm sees of one task."""
     copies = getattr(meta_gradient, "devices", 1)  # a mesh has a task for every device
     _, info = meta_gradient(params, jax.tree.map(lambda x: jnp.repeat(x[None], copies, 0), task))
     refusals.check_over_tasks(info)

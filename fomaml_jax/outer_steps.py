@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fomaml_jax.dtypes import accumulator
 from fomaml_jax.learner import MetaLearner, MetaState
 from fomaml_jax.tasks import task_keys
 from fomaml_jax.types import TaskInfo
@@ -52,7 +53,7 @@ def _support_losses(tasks: TaskInfo) -> jax.Array:
     if np.ndim(losses) != 2 or losses.shape[1] == 0:
         return jnp.zeros(3)
     ends = jnp.stack([losses[:, 0], losses[:, -1], jnp.ones_like(losses[:, 0])], axis=1)
-    total = jnp.where(tasks.finite[:, None], ends, 0).sum(0)
+    total = jnp.where(tasks.finite[:, None], ends, 0).sum(0, dtype=accumulator(ends.dtype))
     return total / jnp.maximum(tasks.finite.sum(), 1).astype(total.dtype)
 
 

@@ -84,14 +84,14 @@ def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTr
         refusals.check_inner_rates(rates, updates, per_step)
 
         def scaled(update, rate):
-            if update is None:  # a leaf that is not adapted
-                return None
+            if refusals.is_absent(update):
+                return update
             rate = jnp.asarray(rate)
             if per_step:
                 rate = rate[jnp.minimum(state.count, rate.shape[0] - 1)]
             return -rate.astype(update.dtype) * update
 
-        scaled_updates = jax.tree.map(scaled, updates, rates, is_leaf=lambda x: x is None)
+        scaled_updates = jax.tree.map(scaled, updates, rates, is_leaf=refusals.is_absent)
         return scaled_updates, optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformation(init, update)

@@ -146,7 +146,7 @@ def adapt_classifier(
     if names is None:
         if isinstance(y, Tracer):
             raise TypeError("labels are traced: pass names, one a class")
-        names = tuple(map(str, range(int(np.max(y)) + 1)))
+        names = tuple(map(str, range(int(np.max(y, initial=0)) + 1)))
     x = as_pictures(support[0], classifier.picture)
     _check_classes(classifier, x, y, names)
     y = y.astype(jnp.int32)

@@ -57,12 +57,17 @@ def check_bare(params: Params) -> None:
         )
 
 
+def is_absent(x: Any) -> bool:
+    """Whether this stands in a tree of updates for a leaf that is not adapted: None, or optax's."""
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
 def check_inner_rates(rates: Any, updates: Any, per_step: bool) -> None:
     """Refuses rates that are neither one for a tensor nor one for each of its elements."""
     hint = "fomaml_jax.rates.like(params, rate) makes rates that fit"
 
     def flat(tree):
-        return jax.tree.flatten_with_path(tree, is_leaf=lambda x: x is None)
+        return jax.tree.flatten_with_path(tree, is_leaf=is_absent)
 
     (leaves, structure), (given, found) = flat(updates), flat(rates)
     if structure != found:
@@ -70,7 +75,7 @@ def check_inner_rates(rates: Any, updates: Any, per_step: bool) -> None:
             f"rates must have the structure of params, {structure}, got {found}; {hint}"
         )
     for (path, update), (_, rate) in zip(leaves, given, strict=True):
-        if update is None or rate is None:  # not adapted
+        if is_absent(update) or is_absent(rate):
             continue
         where, shape = f"rates{jax.tree_util.keystr(path)}", np.shape(rate)
         if per_step and not shape:
@@ -85,17 +90,24 @@ def check_inner_rates(rates: Any, updates: Any, per_step: bool) -> None:
             )
 
 
-def check_batch(name: str, batch: Batch) -> None:
-    """Refuses a batch without examples."""
+def check_batch(name: str, batch: Batch, axis: int = 0) -> None:
+    """Refuses a batch without examples, which are along this axis."""
     leaves = jax.tree.leaves_with_path(batch)
     if not leaves:
         raise ValueError(f"{name} holds no arrays; pass a pytree whose leaves lead with examples")
     for path, leaf in leaves:
-        if np.ndim(leaf) and np.shape(leaf)[0] == 0:
+        if 0 in np.shape(leaf)[axis : axis + 1]:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} is empty (shape {np.shape(leaf)}); "
                 "pass at least one example"
             )
+
+
+def checked_pixels(x: jax.Array) -> jax.Array:
+    """The pictures, refusing all but floats."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"pictures must be uint8, or floats in [0, 1], got {x.dtype}")
+    return x
 
 
 def check_same_examples(batch: Batch) -> int:
@@ -336,6 +348,25 @@ def check_over_tasks(info: TaskInfo) -> None:
         raise ValueError(
             "meta_gradient is one for a single task (its query_loss has shape "
             f"{info.query_loss.shape}, not [tasks]); wrap it: over_tasks(meta_gradient)"
+        )
+
+
+def check_task(task: Any) -> None:
+    """Refuses what is not a task, and a query batch without examples."""
+    if not (hasattr(task, "support") and hasattr(task, "query")):
+        raise TypeError(
+            f"task must be a fomaml_jax.Task(support, query), got a {type(task).__name__}"
+        )
+    check_batch("query", task.query)
+
+
+def check_key(key: Any) -> None:
+    """Refuses what is not one PRNG key."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = _is_array(key) and key.dtype == np.uint32  # as of jax.random.PRNGKey
+    if not (typed or raw) or np.ndim(key) != (0 if typed else 1):
+        raise TypeError(
+            f"key must be one PRNG key, such as jax.random.key(0), got {_describe(key)}"
         )
 
 

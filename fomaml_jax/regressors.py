@@ -212,7 +212,7 @@ def load_regressor(run: str | Path) -> Regressor:
         >>> regressor = load_regressor("runs/table-20261129-101500")  # doctest: +SKIP
         >>> regressor.predict((known_features, known_scores), later_features)  # doctest: +SKIP
     """
-    folder = Path(run)
+    folder = Path(run).expanduser()
     chosen = options.from_json(runs.read_config(folder))
     if not isinstance(chosen, options.Table):
         raise ValueError(f"{folder} is a run of {options.name_of(chosen)}, not of a table")

@@ -75,6 +75,7 @@ def serial_reptile(
         return state._replace(opt_state=(state.opt_state, inner_state))
 
     def one_task(state: MetaState, task: Task) -> tuple[MetaState, TaskInfo]:
+        refusals.check_task(task)
         states: Any = state.opt_state
         outer_state, inner_state = states
         adapted, inner = adapt(

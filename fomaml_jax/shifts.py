@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fomaml_jax import refusals
+from fomaml_jax.dtypes import accumulator
 from fomaml_jax.tasks import TaskDistribution, as_float, resampled
 from fomaml_jax.types import Batch, Task
 
@@ -86,7 +87,7 @@ def rotation(degrees: Strength, *, of: Of = "both") -> Shift:
     _check_strength("degrees", degrees, least=-np.inf)
 
     def turn(key: jax.Array, x: jax.Array) -> jax.Array:
-        angle = jnp.deg2rad(jnp.asarray(degrees, x.dtype))
+        angle = jnp.deg2rad(jnp.asarray(degrees, accumulator(x.dtype)))
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         # Rows go downwards; each pixel is fetched from where it was.
         matrix = jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])
@@ -148,8 +149,12 @@ def blur(std: Strength, *, of: Of = "both") -> Shift:
     _check_strength("std", std)
 
     def spread(key: jax.Array, x: jax.Array) -> jax.Array:
-        down, across = (_gaussian(jnp.asarray(std, x.dtype), n) for n in x.shape[1:3])
-        return jnp.einsum("ih,jw,nhw...->nij...", down, across, x, precision="highest")
+        wide = jnp.asarray(std, accumulator(x.dtype))  # there are more places than 8 bits tell
+        lines = [_gaussian(wide, n) for n in x.shape[1:3]]
+        blurred = jnp.einsum(
+            "ih,jw,nhw...->nij...", *lines, x.astype(wide.dtype), precision="highest"
+        )
+        return blurred.astype(x.dtype)
 
     return _on_pictures(spread, of)
 
@@ -205,7 +210,7 @@ def class_imbalance(
 
     Raises:
         ValueError: for counts below 1, or another total; when it is applied, for more than there
-            are, or fewer counts than classes.
+            are, or another number of counts than of classes.
         TypeError: for traced counts without a total.
 
     Example:
@@ -219,7 +224,7 @@ def class_imbalance(
     total = _check_counts(counts, total)
 
     def thin_out(key: jax.Array, task: Task) -> Task:
-        x, y = _pair("support", task.support)
+        x, y = map(jnp.asarray, _pair("support", task.support))
         if total > len(y):
             raise ValueError(f"counts add up to {total}, more than the {len(y)} support examples")
         if not isinstance(counts, Tracer) and len(counts) * np.max(counts) > len(y):
@@ -228,7 +233,7 @@ def class_imbalance(
                 f"have {len(y)} support examples in all"
             )
         classes = len(counts) if isinstance(y, Tracer) else int(np.asarray(y).max()) + 1
-        if classes > len(counts):
+        if classes != len(counts):
             raise ValueError(f"counts must be one a class, of {classes}, got {len(counts)}")
         kept = jax.random.permutation(key, jnp.asarray(counts))
         same = y[:, None] == y[None, :]
@@ -313,7 +318,7 @@ def _pictures(name: str, x: jax.Array) -> jax.Array:
         raise ValueError(
             f"the {name} batch must have pictures [n, height, width, ...], got shape {np.shape(x)}"
         )
-    return as_float(jnp.asarray(x))
+    return refusals.checked_pixels(as_float(jnp.asarray(x)))
 
 
 def _pair(name: str, batch: Batch) -> tuple[jax.Array, jax.Array]:

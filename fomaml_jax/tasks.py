@@ -26,6 +26,7 @@ __all__ = [
     "from_groups",
     "random_affine",
     "random_shift",
+    "resampled",
     "rotated_classes",
     "sine_waves",
     "sinusoid",
@@ -118,7 +119,7 @@ def episodes(
     ways: int,
     shots: int,
     queries: int,
-    counts: jax.Array | np.ndarray | None = None,
+    counts: Sequence[int] | jax.Array | np.ndarray | None = None,
     groups: Sequence[int] | np.ndarray | None = None,
     rotations: bool = False,
     augment: Augmentation | None = None,
@@ -165,6 +166,7 @@ def episodes(
     References:
         Vinyals et al., `Matching Networks <https://arxiv.org/abs/1606.04080>`_, 2016.
     """
+    counts = None if counts is None else np.asarray(counts)
     _check_episodes(images, ways, shots, queries, counts, rotations)
     draw_classes = _class_draw(images.shape[0], ways, groups)
     images = jnp.asarray(images)
@@ -265,6 +267,7 @@ def random_affine(most: float) -> Augmentation:
         raise ValueError(f"most must be above 0 and below 0.5, got {most}")
 
     def transform(key: jax.Array, image: jax.Array) -> jax.Array:
+        image = refusals.checked_pixels(image)
         off = jax.random.uniform(key, (2, 2), accumulator(image.dtype), -most, most)
         return resampled(image, jnp.eye(2, dtype=off.dtype) + off)
 
@@ -282,11 +285,15 @@ def resampled(image: jax.Array, matrix: jax.Array) -> jax.Array:
     Returns:
         The picture, of the same shape.
 
+    Raises:
+        TypeError: for a picture of integers.
+
     Example:
         >>> import jax.numpy as jnp, fomaml_jax as fj
         >>> fj.tasks.resampled(jnp.array([[0.0, 1.0]]), -jnp.eye(2))
         Array([[1., 0.]], dtype=float32)
     """
+    image = refusals.checked_pixels(image)
     dtype = accumulator(image.dtype)  # 16 bits would put places a good part of a pixel off
     middle = [(n - 1) / 2 for n in image.shape[:2]]
     axes = [jnp.arange(2 * m + 1, dtype=dtype) - m for m in middle]

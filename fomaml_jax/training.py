@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fomaml_jax import checkpoints, outer_steps, processes, runs, signals
+from fomaml_jax import checkpoints, outer_steps, processes, refusals, runs, signals
 from fomaml_jax.agenda import Agenda, Over, agenda_of
 from fomaml_jax.history import History
 from fomaml_jax.keeper import Keeper, identity_of, made_by
@@ -154,7 +154,8 @@ def train(
             parameters where `validate` is given, and none where not), key, meta-batch, `config` or
             `lower_is_better`, or where all are damaged; where several processes were called
             differently.
-        TypeError: for a `config` that is not plain JSON; a ValueError for NaN in it.
+        TypeError: for a learner or a key that is none; for a `config` that is not plain JSON (a
+            ValueError for NaN in it).
         DivergedError: where a run has diverged; it holds what there was before.
 
     Warns:
@@ -188,6 +189,10 @@ def train(
     )
     if folder is None and resume:
         raise ValueError("there is nothing to resume without a folder; pass folder too")
+    for part in ("init", "step"):
+        if not callable(getattr(learner, part, None)):
+            raise TypeError(f"learner has no {part}; make one, meta_learner(meta_gradient, adam)")
+    refusals.check_key(key)
     tasks_per_step = operator.index(tasks_per_step)
     with jax.transfer_guard_host_to_device("allow"):  # once, and meant
         start = outer_steps.start(learner.init(params))
@@ -195,7 +200,7 @@ def train(
     identity = identity_of(key, tasks_per_step, config)
     if validate is not None:
         identity["lower_is_better"] = lower_is_better
-    keeper = Keeper(None if folder is None else Path(folder), identity, made_by(mesh))
+    keeper = Keeper(None if folder is None else Path(folder).expanduser(), identity, made_by(mesh))
     processes.check_alike(json.dumps([identity, dataclasses.asdict(agenda)], default=str))
     with contextlib.ExitStack() as stack:
         if keeper.folder is not None:

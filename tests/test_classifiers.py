@@ -58,6 +58,28 @@ def test_balanced_cross_entropy_is_the_mean_over_classes_of_their_means():
     np.testing.assert_allclose(found, each.mean(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float64])
+def test_a_mask_of_any_dtype_leaves_pictures_out(ready, pictures, dtype):
+    """Added up in booleans the pictures of a class would be one."""
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    more, weights = np.concatenate([pictures, pictures[:1]]), np.array([1] * 6 + [0], dtype)
+    found = ready.adapt((more, np.append(labels, 1)), weights=weights)
+    assert_close(found, ready.adapt((pictures, labels)), 1e-4)
+
+
+@pytest.mark.parametrize("weights", [np.zeros(6), -np.ones(6), np.full(6, np.nan)])
+def test_weights_that_leave_nothing_to_learn_from_are_refused(ready, pictures, weights):
+    with pytest.raises(ValueError, match=r"^weights must be at least 0, finite, and some of them"):
+        ready.adapt((pictures, np.arange(6)), weights=weights)
+
+
+def test_pictures_of_other_integers_are_refused(ready, pictures):
+    with pytest.raises(
+        TypeError, match=r"^pictures must be uint8, or floats in \[0, 1\], got int32"
+    ):
+        ready.adapt(((255 * pictures).astype(np.int32), np.arange(6)))
+
+
 def test_a_class_with_more_pictures_gets_no_greater_bias(ready, pictures):
     """From a head of zeros the gradient of a bias is 1 / ways less the share of its class."""
     labels = np.array([0, 0, 0, 0, 1, 2])

@@ -257,3 +257,11 @@ def test_groups_that_memory_cannot_hold_side_by_side_are_refused(tmp_path):
     assert "96000 GB" in str(e.value)
     assert "'machine 7'" in str(e.value)
     check_rows_fit(tmp_path / "log.csv", {"a": range(10)}, 4)
+
+
+def test_one_name_is_not_taken_for_a_list_of_letters(tmp_path):
+    path = write(tmp_path, ROW)
+    with pytest.raises(TypeError, match=re.escape("must be a list of names, such as ['day']")):
+        read(path, features="day")
+    with pytest.raises(TypeError, match="must be a list of names"):
+        fj.datasets.few_rows(path, group="patient", target="score", features="day")

@@ -1,5 +1,7 @@
 """Evaluation: the interval means what it says, and plans do not change the tasks."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,3 +123,16 @@ def test_metrics_of_few_bits_are_averaged_in_float32():
     )
     assert report.mean.dtype == report.per_task.dtype == jnp.float32
     assert_close(report.mean, np.asarray(report.per_task).mean(), 1e-6)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_what_tasks_are_made_of_may_lie_on_explicit_axes(within):
+    mesh = jax.make_mesh((2,), ("tasks",), (jax.sharding.AxisType.Explicit,))
+    spread = jax.sharding.NamedSharding(mesh, jax.P("tasks"))
+    tasks = jax.device_put(fj.Task(jnp.zeros((4, 5)), jnp.arange(4.0)[:, None]), spread)
+    error = lambda mean, query: jnp.abs(query - mean).mean()
+    with jax.set_mesh(mesh) if within else contextlib.nullcontext():
+        found = fj.evaluate_on(lambda p, s: s.mean(), error, (), tasks, mesh=mesh)
+        other = evaluate(num_tasks=3, mesh=mesh)
+    assert_close(found.per_task, jnp.arange(4.0))
+    assert_close(other.per_task, evaluate(num_tasks=3).per_task, 1e-6)

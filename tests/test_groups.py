@@ -140,6 +140,11 @@ WRONG = {
     "no shots": ((X, COUNTS), {"shots": 0}, "shots must be an integer of at least 1, got 0"),
     "no queries": ((X, COUNTS), {"queries": 0}, "queries must be an integer of at least 1, got 0"),
     "an unknown support": ((X, COUNTS), {"support": "last"}, "support must be one of 'first', "),
+    "a missing value in few bits": (
+        (jnp.asarray(BROKEN, jnp.bfloat16), COUNTS),
+        {},
+        r"rows\[0, 1\] is not finite",
+    ),
     "a missing value": ((BROKEN, COUNTS), {}, r"rows\[0, 1\] is not finite \(3 rows in all\)"),
 }
 

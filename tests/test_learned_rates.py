@@ -167,3 +167,16 @@ def test_refusals(call, error, message):
     params, tasks = network_problem(1)
     with pytest.raises(error, match=message):
         call(params, one(tasks))
+
+
+def test_rates_for_a_part_of_the_parameters():
+    loss = lambda params, batch: jnp.sum((params["a"] * params["b"] - batch) ** 2)
+    params, task = {"a": jnp.ones(2), "b": jnp.ones(2)}, fj.Task(jnp.zeros(2), jnp.ones(2))
+    rates = fj.rates.scale_by_rates(fj.rates.like(params, 0.1))
+    mixed = optax.partition(
+        {"fixed": optax.sgd(0.1), "learned": rates}, {"a": "fixed", "b": "learned"}
+    )
+    found, expected = (
+        fj.fomaml(loss, optimizer, 2)(params, task)[0] for optimizer in (mixed, optax.sgd(0.1))
+    )
+    assert_close(found, expected, 1e-6)

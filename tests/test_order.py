@@ -67,3 +67,19 @@ def test_the_diagnosis_is_what_the_gradients_say():
         for i in range(3)
     ]  # fmt: skip
     assert_close(report.support_drop, -np.diff(np.mean(after, 0)))
+
+
+def test_norms_beyond_float16_hide_nothing():
+    def loss(params, batch):
+        return 100 * jnp.sum((params - batch) ** 2)
+
+    params = jnp.full(4, 2.0, jnp.float16)
+    task = fj.Task(jnp.ones(4, jnp.float16), -jnp.ones(4, jnp.float16))
+    given = loss, params, task, optax.sgd(1e-3), 1  # gradients of 560, whose squares overflow
+    first, second = (make(loss, optax.sgd(1e-3), 1) for make in (fj.fomaml, fj.maml))
+    assert fj.check_order(*given, first).verdict == "first"
+    assert fj.check_order(*given, second).verdict == "second"
+    assert fj.check_order(*given, lambda *at: first(*at)[0] * 0.9).verdict == "neither"
+    of_tasks = jax.tree.map(lambda x: x[None], task)
+    found = fj.diagnose(loss, params, of_tasks, optax.sgd(1e-3), 1)
+    np.testing.assert_allclose((found.cosine[0], found.norm_ratio[0]), (1, 1.25), rtol=1e-2)

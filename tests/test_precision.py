@@ -109,3 +109,19 @@ def test_the_state_of_a_loss_stays_in_full():
         )[1].state
     assert int(state["n"]) == 1000
     np.testing.assert_allclose(state["mean"], 2 - 0.999**1000, rtol=1e-3)
+
+
+def test_support_losses_in_few_bits_are_reported_as_they_are():
+    def loss(params, batch):
+        return 100.0 + jnp.mean((params - batch) ** 2)
+
+    learner = fj.meta_learner(fj.over_tasks(fj.fomaml(loss, optax.sgd(0.1), 1)), optax.sgd(0.1))
+    ones = lambda key: fj.Task(*[jnp.ones(2, jnp.float16)] * 2)
+    trained = fj.train(
+        *(learner, jnp.zeros((), jnp.float16), ones, jax.random.key(0)),
+        tasks_per_step=1000,
+        steps=1,
+        name=None,
+    )
+    (row,) = trained.metrics  # the sum over tasks is beyond float16
+    np.testing.assert_allclose(row["support_loss_first"], 101.0, rtol=1e-6)

@@ -159,6 +159,8 @@ def test_refusals(classifier, pictures, adapted):
             fj.adapt_classifier(of, (pictures, labels), names=tuple(names))
     with pytest.raises(TypeError, match=r"^labels must be integers, got float32$"):
         fj.adapt_classifier(classifier, (pictures, np.float32(LABELS)), names=NAMES)
+    with pytest.raises(ValueError, match="two classes or more to tell apart"):
+        fj.adapt_classifier(classifier, (pictures[:0], LABELS[:0]))
     with pytest.raises(TypeError, match=r"^labels are traced: pass names"):
         jax.eval_shape(lambda y: fj.adapt_classifier(classifier, (pictures, y)), LABELS)
     with pytest.raises(ValueError, match=r"^pictures must be \[n, 28, 28, 1\], got \[6, 28, 28\]$"):

@@ -27,6 +27,12 @@ def over_tasks(tasks, **kwargs):
     return fj.over_tasks(fj.fomaml(network, SGD, 1), **kwargs)(PARAMS, tasks)
 
 
+def train(learner=None, key=None):
+    learner = learner or fj.meta_learner(fj.over_tasks(fj.fomaml(network, SGD, 1)), SGD)
+    key = jax.random.key(0) if key is None else key
+    return fj.train(learner, PARAMS, lambda key: TASK, key, tasks_per_step=2, steps=1)
+
+
 def episodes(images, **kwargs):
     return fj.tasks.episodes(images, **{"ways": 2, "shots": 1, "queries": 1} | kwargs)
 
@@ -117,6 +123,33 @@ REFUSED = {
         lambda: episodes(np.zeros((4, 5, 2)), counts=np.full(4, 2.9, np.float32)),
         ValueError,
         "counts must be integers, got dtype float32",
+    ),
+    "a batch without examples for every step": (
+        lambda: adapt(support=(jnp.ones((2, 0, 1)),), steps=2, per_step_support=True),
+        ValueError,
+        r"support\[0\] is empty \(shape \(2, 0, 1\)\)",
+    ),
+    "a number for a key": (
+        lambda: train(key=0),
+        TypeError,
+        r"key must be one PRNG key, such as jax.random.key\(0\), got 0",
+    ),
+    "many keys for one": (
+        lambda: train(key=jax.random.split(jax.random.key(0))),
+        TypeError,
+        "key must be one PRNG key",
+    ),
+    "a meta-gradient for a learner": (
+        lambda: train(learner=fj.over_tasks(fj.fomaml(network, SGD, 1))),
+        TypeError,
+        r"learner has no init; make one, meta_learner\(",
+    ),
+    "evaluations of other metrics": (
+        lambda: fj.paired_difference(
+            fj.Evaluation(0, 0, jnp.ones(3), 3), fj.Evaluation(0, 0, {"loss": jnp.ones(3)}, 3)
+        ),
+        ValueError,
+        "the evaluations are of different metrics",
     ),
     "more steps than batches": (
         lambda: adapt(support=cut(TASK.support, 2), steps=jnp.array(4), per_step_support=True),

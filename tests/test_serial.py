@@ -110,3 +110,13 @@ def test_each_device_its_own_tasks_from_a_shared_start():
     for i in range(2):
         mine = jax.tree.map(lambda x, i=i: x[i : i + 1], tasks)
         assert_close(losses[i], learner.step(state, mine)[1].loss, 1e-6)
+
+
+def test_what_is_no_task_is_refused_as_elsewhere():
+    loss = lambda params, batch: jnp.mean((params - batch) ** 2)
+    learner = fj.serial_reptile(loss, optax.sgd(0.1), 1, optax.sgd(1.0))
+    state = learner.init(jnp.zeros(()))
+    with pytest.raises(ValueError, match="query is empty"):
+        learner.step(state, fj.Task(jnp.ones((2, 3)), jnp.ones((2, 0))))
+    with pytest.raises(TypeError, match="task must be a"):
+        learner.step(state, jnp.ones((2, 3)))

@@ -217,6 +217,10 @@ REFUSED = {
         lambda: shifts.class_imbalance([1] * (WAYS - 2))(KEY, TASK),
         f"counts must be one a class, of {WAYS}, got {WAYS - 2}",
     ),
+    "counts of classes that are not there": (
+        lambda: shifts.class_imbalance([1] * (WAYS + 1))(KEY, TASK),
+        f"counts must be one a class, of {WAYS}, got {WAYS + 1}",
+    ),
     "an even number": (
         lambda: shifts.uneven_counts(5, 4, 1.0),
         "most must be odd, so that there is a middle, got 4",
@@ -248,3 +252,30 @@ def test_refusals_of_kinds():
     )
     with pytest.raises(TypeError, match=r"^counts are traced: pass total, their sum"):
         jax.jit(lambda counts: shifts.class_imbalance(counts)(KEY, TASK))(jnp.ones(5, jnp.int32))
+
+
+@pytest.mark.parametrize("size", [84, 300])  # 8 bits tell apart 256 places
+def test_pictures_of_few_bits_are_shifted_as_others_are(size):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.random((1, size, size, 1)), jnp.bfloat16)
+    few, many = (fj.Task(*[(y, jnp.zeros(1, jnp.int32))] * 2) for y in (x, x.astype(jnp.float32)))
+    for shift in (fj.shifts.rotation(359.0), fj.shifts.blur(0.7)):
+        found, expected = (shift(KEY, task).query[0] for task in (few, many))
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+    equal(fj.shifts.blur(0.0)(KEY, few).query, few.query)
+
+
+def test_pictures_of_other_integers_are_refused():
+    batch = jnp.full((1, 9, 9, 1), 100), jnp.zeros(1, jnp.int32)
+    for make in PICTURES:
+        with pytest.raises(TypeError, match=r"uint8, or floats in \[0, 1\], got int32"):
+            make(0.5)(KEY, fj.Task(batch, batch))
+    with pytest.raises(TypeError, match="got uint8"):
+        fj.tasks.random_affine(0.1)(KEY, jnp.ones((4, 4, 1), jnp.uint8))
+
+
+def test_imbalance_of_arrays_of_numpy_under_jit():
+    task = jax.tree.map(np.asarray, TASK)
+    shift = fj.shifts.class_imbalance([1, 2, 3, 4, 5])
+    equal(jax.jit(lambda key: shift(key, task))(KEY), shift(KEY, TASK))

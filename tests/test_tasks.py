@@ -236,3 +236,9 @@ def test_impossible_episodes_are_refused(options, message):
 def test_impossible_sinusoids_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         fj.tasks.sinusoid(**options)
+
+
+def test_counts_may_be_a_list():
+    few = fj.tasks.episodes(IMAGES, ways=2, shots=1, queries=1, counts=[2, 3, 2, 4, 2])
+    many = fj.tasks.episodes(IMAGES, ways=2, shots=1, queries=1, counts=np.array([2, 3, 2, 4, 2]))
+    jax.tree.map(np.testing.assert_array_equal, *(f(jax.random.key(0)) for f in (few, many)))

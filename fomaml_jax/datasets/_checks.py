@@ -18,6 +18,13 @@ def whole_number(name: str, value: Any, *, at_least: int) -> int:
     return int(value)
 
 
+def names_of(name: str, value: Any) -> tuple[str, ...]:
+    """`value` as a tuple of names; raises for a string, whose letters would be taken for them."""
+    if isinstance(value, str):
+        raise TypeError(f"{name}={value!r} must be a list of names, such as [{value!r}]")
+    return tuple(value)
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises unless `value` is one of `choices`."""
     choices = list(choices)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fomaml_jax.datasets._checks import check_choice, check_rows_fit
+from fomaml_jax.datasets._checks import check_choice, check_rows_fit, names_of
 from fomaml_jax.datasets._csv_file import MISSING, Columns
 from fomaml_jax.datasets._table import by_group, check_purposes
 
@@ -77,6 +77,7 @@ def few_rows(
         (('ann', 'bob'), [[5.0, 6.0], [4.0, 0.0]], [[2, 3], [5, -1]])
     """
     check_choice("missing", missing, ("drop", "mean"))
+    features = names_of("features", features)
     check_purposes(group, (target, *features), None)
     file = Columns(path)
     file.check([group, target, *features])

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fomaml_jax.datasets._checks import check_choice, check_rows_fit, whole_number
+from fomaml_jax.datasets._checks import check_choice, check_rows_fit, names_of, whole_number
 from fomaml_jax.datasets._csv_file import MISSING, Columns
 from fomaml_jax.datasets._types import Groups, GroupSplits
 
@@ -76,7 +76,7 @@ def table(
 
     Raises:
         FileNotFoundError, IsADirectoryError: no file.
-        TypeError: `shots` or `seed` is no whole number.
+        TypeError: `shots` or `seed` is no whole number, `features` one string.
         ValueError: an empty file, unknown or doubled columns, a cell that is no number, a column
             for two purposes, fewer than four groups with enough rows, or a target that is the same
             everywhere.
@@ -97,7 +97,7 @@ def table(
     """
     check_choice("missing", missing, ("drop", "mean"))
     shots, seed = whole_number("shots", shots, at_least=1), whole_number("seed", seed, at_least=0)
-    columns = (target, *features)
+    columns = (target, *names_of("features", features))
     check_purposes(group, columns, time)
     file = Columns(path)
     file.check([group, *columns, *([] if time is None else [time])])
