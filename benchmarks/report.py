@@ -74,7 +74,7 @@ pip install -e ".[test,cli]"
 and, for the comparisons with PyTorch, PyTorch itself (into another environment, named by
 `--torch-python`, if you like). Times are medians of interleaved rounds with the extremes in
 brackets, in float32 unless said otherwise; compilation is apart. On CPU there is one JAX device a
-core, and PyTorch has as many threads. A ratio above 1 means that ours is faster.
+core unless the line above a table says otherwise.
 """
 
 

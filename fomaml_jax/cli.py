@@ -1,5 +1,6 @@
 """The command line: which command is meant; a refusal is one line and exit code 2."""
 
+import importlib.metadata
 import io
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ Learns an initialisation from many small tasks, and adapts it to new ones from a
   predict    does so again with what adapt --save has kept; or, with the run of a table, fills in
              the target of new groups' rows where it is empty, from the rows where it is known
 
-`fomaml-jax train DATA --help`, `fomaml-jax evaluate --help` and so on list every option.
+`fomaml-jax train DATA --help`, `fomaml-jax evaluate --help` and so on list every other option;
+`fomaml-jax --version` says which version this is.
 Exit codes: 0 done, or terminated with everything saved; 1 a fault of the program (one line says
 which, and where its traceback is); 2 refused (one line says why); 3 diverged (the state before that
 is saved); 4, or 134 from JAX itself, another process was lost (start all again with --resume); 130
@@ -86,6 +88,8 @@ def _command(arguments: Sequence[str] | None) -> None:
     # A lone `train --help` is about all data sets.
     if [command] in HELP or (command == "train" and words[:1] in HELP):
         print(USAGE)
+    elif command == "--version":
+        print(importlib.metadata.version("fomaml_jax"))
     elif command in COMMANDS:
         COMMANDS[command](words)
     else:

@@ -99,8 +99,15 @@ def _train(
     if not resume:
         runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
         runs.save_parameters(folder, problem.params)
+    elif runs.is_handed_on(folder, problem.params):
+        raise CheckpointError(
+            f"{folder} holds a trained network and nothing of its training: there is no run to go "
+            "on with"
+        )
     if problem.splits is not None and not _has_kept_data(folder):
         runs.write_json(folder / runs.DATA, described(problem))
+    elif problem.splits is not None:
+        runs.check_unchanged(folder, described(problem))
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = meta_train(chosen, tuned, folder, keys, resume)
     params = trained.state.params if chosen.patience is None else trained.best
@@ -112,10 +119,11 @@ def _train(
     if trained.stopped in ("interrupted", "terminated"):
         raise StoppedError(trained.stopped, int(trained.state.step))
     judged = evaluate(chosen, problem, params)
+    taken = dataclasses.replace(chosen, steps=max(1, int(trained.state.step)))
     with runs.replacing(folder / runs.PER_TASK) as temporary:
         np.save(temporary, judged.pop("per_task"), allow_pickle=False)
     result = judged | {
-        "baselines": _compare(chosen, problem, keys) if chosen.compare else {},
+        "baselines": _compare(taken, problem, keys) if chosen.compare else {},
         "stopped": trained.stopped,
         "tasks_seen": int(trained.state.step) * chosen.tasks_per_step,
         "seconds": round(trained.seconds, 1),
@@ -384,7 +392,7 @@ def _tuned(
 
 
 def _compare(chosen: options.Options, problem: Problem, keys: Keys) -> dict[str, dict[str, float]]:
-    """The baselines, judged on the same unseen tasks."""
+    """The baselines, judged on the same unseen tasks; `chosen.steps` are those that were taken."""
 
     def fit(meta_gradient, tasks, params, optimizer, **kwargs) -> Params:
         args = (meta_gradient, tasks, params, optimizer, keys.train)

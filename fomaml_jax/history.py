@@ -100,7 +100,8 @@ class History:
     def note(self) -> str:
         """What to say beside the progress."""
         loss = f"loss {self.metrics[-1]['loss']:.3f}" if self.metrics else ""
-        score = "" if self.best_score is None else f", best {self.best_score:.3f}"
+        score = "" if self.best_score is None else f"best {self.best_score:.3f}"
         unreported = 0 if self.reported else int(jax.device_get(self.carry.left_out))
         left_out = self.left_out + unreported
-        return loss + score + (f", {left_out} tasks left out" if left_out else "")
+        parts = loss, score, f"{left_out} tasks left out" if left_out else ""
+        return ", ".join(filter(None, parts))

@@ -49,7 +49,7 @@ class Options:
     minutes: float | None = None
     """Training ends after so many minutes, if its steps are not done by then."""
     patience: int | None = None
-    """Training ends after so many validations without an improvement (there are 20 in all); the
+    """Training ends after so many validations without an improvement (there are at most 20); the
     best parameters are then the result."""
     checkpoint_every: str = "2min"
     """Steps (a number), or time (30s, 5min, 1h), between two checkpoints."""
@@ -259,8 +259,9 @@ class Table(Options):
 
 
 def anywhere(chosen: Options) -> Options:
-    """The options with the data's place as it is known from any other folder too."""
-    places = {name: getattr(chosen, name, None) for name in ("path", "file")}
+    """The options with the places of data and compiled programs as any other folder knows them."""
+    names = "path", "file", "compilation_cache"
+    places = {name: getattr(chosen, name, None) for name in names}
     return dataclasses.replace(chosen, **{n: p.resolve() for n, p in places.items() if p})
 
 
@@ -418,7 +419,12 @@ def check_judged_otherwise(options: Options, changes: dict[str, Any]) -> None:
     images = isinstance(options, ImageOptions)
     for name in ("ways", "queries", "statistics"):
         if name in changes and not images:
-            raise ValueError(f"--{name}: {name_of(options)} has no classes")
+            why = "is judged on a fixed number" if name == "queries" else "has no classes"
+            raise ValueError(f"--{name}: {name_of(options)} {why}")
+    for name in ("eval_tasks", "seed"):
+        if name in changes and isinstance(options, Table):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option}: a run of table is judged on all its unseen groups")
     ways = changes.get("ways")
     if images and options.head == "learned" and ways not in (None, options.ways):
         raise ValueError(f"--ways: the run's head is learned for {options.ways}, got {ways}")

@@ -74,7 +74,9 @@ def _lines(name: str, total: int | None, unit: str, done: int) -> Iterator[Progr
             left = f", {_clock((total - done) / speed)} left"
         pace = f"{_clock(seconds)}{left}, {speed:.3g} {unit}/s"
         with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
-            sys.stderr.write(f"{name}{share}: {done}{of_all} {unit} in {pace}, {note}\n")
+            sys.stderr.write(
+                f"{name}{share}: {done}{of_all} {unit} in {pace}{note and f', {note}'}\n"
+            )
             sys.stderr.flush()
 
     def tell(done: int, note: str) -> None:

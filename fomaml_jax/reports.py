@@ -62,7 +62,9 @@ def read(folder: Path) -> Finished:
     except (ValueError, TypeError, EOFError, AttributeError) as error:
         raise ValueError(f"the run in {folder} is damaged: {error}") from None
     diverged = (folder / runs.DIVERGED).exists()
-    return Finished(folder.name, config, runs.read_metrics(folder), result, per_task, diverged)
+    return Finished(
+        folder.resolve().name, config, runs.read_metrics(folder), result, per_task, diverged
+    )
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
@@ -124,7 +126,8 @@ def page(found: Sequence[Finished], pictures: dict[str, bytes]) -> str:
     differing = [
         name
         for name in dict.fromkeys(name for run in found for name in run.config)
-        if name != "out" and len({json.dumps(run.config.get(name)) for run in found}) > 1
+        if name not in options.UNSHOWN
+        and len({json.dumps(run.config.get(name)) for run in found}) > 1
     ]
     title = "What they differ in" if len(found) > 1 else "Options"
     shown = differing if len(found) > 1 else list(found[0].config)

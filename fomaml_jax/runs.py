@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -71,8 +72,8 @@ def check_new(folder: Path, *, overwrite: bool = False) -> None:
         raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
     if (folder / CONFIG).is_file():
         raise ValueError(
-            f"{folder} holds a run; go on with --resume {folder}, replace it with --overwrite, or "
-            "pass another --out"
+            f"{folder} holds a run; go on with --resume {shlex.quote(str(folder))}, replace it "
+            "with --overwrite, or pass another --out"
         )
     if folder.is_dir() and any(not _left_over(path) for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; pass --out with a folder, new or empty")
@@ -294,6 +295,23 @@ def check_data(folder: Path, now: dict[str, Any]) -> None:
     warnings.warn(f"the data are not those that the run in {folder} had", stacklevel=2)
 
 
+def check_unchanged(folder: Path, now: dict[str, Any]) -> None:
+    """Refuses to go on with a run on other data than it had.
+
+    Raises:
+        CheckpointError: where they differ.
+    """
+    try:
+        before = json.loads((folder / DATA).read_text()).get("digest")
+    except (OSError, ValueError, AttributeError):
+        raise CheckpointError(f"{folder / DATA} is not what was written") from None
+    if before not in (None, now["digest"]):
+        raise CheckpointError(
+            f"the data are not those that the run in {folder} has been trained on; restore them, "
+            "say where they are now (--path, --file), or start another run"
+        )
+
+
 def judged(folder: Path) -> dict[str, Any] | None:
     """The result of a run, if it has come to one."""
     try:
@@ -310,6 +328,13 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return result if result and result.get("stopped") in ("finished", "no improvement") else None
 
 
+def is_handed_on(folder: Path, first: Params) -> bool:
+    """Whether there are parameters other than the first ones, and nothing of a run around them."""
+    begun = any((folder / name).exists() for name in (CHECKPOINTS, METRICS, DATA))
+    there = (folder / PARAMETERS).is_file()
+    return there and not begun and not _holds(folder / PARAMETERS, by_key_path(first))
+
+
 def warn_if_begun(folder: Path) -> None:
     """Says of a run without a result what its parameters are.
 
@@ -320,6 +345,8 @@ def warn_if_begun(folder: Path) -> None:
         return
     saved = [row["step"] for row in read_metrics(folder) if "validation" in row]
     state = f"of step {saved[-1]} or later" if saved else "untrained, or of the first steps"
+    if saved and read_config(folder).get("patience"):
+        state = f"the best by validation until step {saved[-1]} or later"
     why = "diverged" if (folder / DIVERGED).exists() else "not come to its end"
     warnings.warn(f"the run in {folder} has {why}: its parameters are {state}", stacklevel=3)
 

@@ -253,6 +253,11 @@ REFUSED = {
         "none holds no pictures",
     ),
     "nothing to do": (None, "adapt run --support support", "pass --query with pictures to"),
+    "predictions of nothing": (
+        None,
+        "adapt run --support support --save mine --out never",
+        "--out and --format are of predictions; pass --query with pictures too",
+    ),
     "a file that is there": (
         lambda home: (home / "mine").touch(),
         "adapt run --support support --save mine",

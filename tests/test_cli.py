@@ -316,13 +316,18 @@ def test_a_folder_of_pictures_is_learned_and_evaluated_where_it_is_moved_to(tmp_
     found = call("evaluate", run.folder, "--path", moved, "--eval-tasks", "4")
     assert rows_of(found.out) == rows_of(run.out)
 
+    among = call("evaluate", run.folder, "--path", moved, "--shift", "--out", moved / "shift")
+    assert (among.code, among.out) == (2, "")
+    assert among.err.endswith(f"would be among the pictures in {moved}; pass another --out\n")
+    assert not (moved / "shift").exists()
+
     (run.folder / "result.json").unlink()
     shutil.copy(moved / "class 0" / "0.png", moved / "class 0" / "1.png")
     before = everything(run.folder)
     refused = call("train", "--resume", run.folder, "--path", moved)
     assert refused.code == 2
     assert everything(run.folder) == before
-    assert re.search(r"run is another one: config\['data'\] was \w{64}, now \w{64}\n$", refused.err)
+    assert f"the data are not those that the run in {run.folder} has been trained on" in refused.err
 
 
 # Faults.

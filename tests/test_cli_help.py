@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from importlib import metadata
 
 import pytest
 from command_line import call
@@ -25,6 +26,11 @@ def test_help_of_a_data_set_lists_every_option_with_its_default(name):
         (entry,) = (entry for entry in entries if re.match(rf"{option}[ ,]", entry))
         required = field.default is dataclasses.MISSING
         assert ("(required)" if required else f"(default: {field.default})") in entry
+
+
+def test_the_version():
+    run = call("--version")
+    assert (run.code, run.out, run.err) == (0, f"{metadata.version('fomaml_jax')}\n", "")
 
 
 def test_help_of_evaluate_lists_its_options():

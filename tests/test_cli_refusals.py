@@ -147,7 +147,7 @@ REFUSED = {
     "evaluate file": "file is not a run: it has no config.json",
     "evaluate run --eval-tasks 0": f"--eval-tasks {COUNT} 2, got 0",
     "evaluate run --eval-steps 0": f"--eval-steps {COUNT} 1, got 0",
-    "evaluate run --path here": "--path: glyphs has no data to look for",
+    "evaluate run --path here": "--path is no option of runs of glyphs",
 }
 
 

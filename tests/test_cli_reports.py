@@ -20,11 +20,19 @@ def test_a_report_is_one_page_and_its_pictures(sinusoid, tmp_path):
     assert "a &lt;b&gt; &amp; c" in text
     assert "<td>rate</td><td>0.001</td><td>0.1</td>" in text
     assert "<td>seed</td>" not in text  # the same in both
+    assert "<td>overwrite</td>" not in text  # no property of a run
     assert f"{other.result['mean']:.3f} ± {other.result['ci95']:.3f}" in text
     judged_on = sinusoid.result["num_tasks"]
     assert f"interval over tasks, too narrow for so few as {judged_on}," in text
     for name in names - {"report.html"}:
         assert is_picture(tmp_path / "out" / name)
+
+
+def test_a_report_of_the_folder_where_one_stands(sinusoid, tmp_path, monkeypatch):
+    monkeypatch.chdir(sinusoid.folder)
+    assert call("report", ".", "--out", tmp_path).code == 0
+    title = f"<title>{sinusoid.folder.name}</title>"
+    assert title in (tmp_path / "report.html").read_text()
 
 
 def test_a_report_of_an_unfinished_run(glyphs, tmp_path):

@@ -1,5 +1,6 @@
 """The command line where a run does not go to its end: stopped, resumed, damaged, diverged."""
 
+import functools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from command_line import (
 )
 from PIL import Image
 
-from fomaml_jax import checkpoints, datasets, experiment, problems, runs
+from fomaml_jax import baselines, checkpoints, datasets, experiment, problems, runs
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -78,8 +79,37 @@ def test_a_stopped_run_is_usable_and_resumed_to_the_same_result(
     assert again.out.endswith(f"The run in {tmp_path} was finished before.\n")
 
 
+def test_a_network_that_is_handed_on_is_not_trained_over(tmp_path, sinusoid):
+    for name in ("config.json", "parameters.npz"):
+        shutil.copy(sinusoid.folder / name, tmp_path)
+    refused = call("train", "--resume", tmp_path)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.endswith(
+        f"fomaml-jax: {tmp_path} holds a trained network and nothing of its training: there is no "
+        "run to go on with\n"
+    )
+    expected = (sinusoid.folder / "parameters.npz").read_bytes()
+    assert (tmp_path / "parameters.npz").read_bytes() == expected
+
+
+def test_baselines_take_the_steps_that_were_taken(tmp_path, monkeypatch):
+    budgets = []
+
+    def noted(baseline, chosen, *args):
+        budgets.append(chosen.steps)
+        return baseline(chosen, *args)
+
+    for name in ("joint_pretraining", "second_order"):
+        baseline = functools.partial(noted, getattr(baselines, name))
+        monkeypatch.setattr(baselines, name, baseline)
+    run = trained(tmp_path, "sinusoid", *TINY, "--minutes", "0.00001", "--compare")
+    assert run.result["stopped"] == "out of time"
+    assert budgets == [run.result["tasks_seen"] // 2] * 2
+
+
 def test_baselines_can_be_asked_for_when_a_run_has_finished(tmp_path, sinusoid):
     shutil.copytree(sinusoid.folder, tmp_path, dirs_exist_ok=True)
+    assert not sinusoid.result["baselines"]
     compared = call("train", "--resume", tmp_path, "--compare")
     assert compared.code == 0, compared.err
     mine = rows_of(sinusoid.out)
@@ -286,6 +316,9 @@ def test_a_wrong_checkpoint_is_refused(tmp_path, spoil, message):
 def test_patience_and_minutes(tmp_path):
     run = trained(tmp_path / "a", "sinusoid", *TINY, "--minutes", "0.00001")
     assert run.result["stopped"] == "out of time"
+    steps = run.result["tasks_seen"] // 2
+    assert f"Time was up after {steps} of 3 steps; for more of them:" in run.out
+    assert f"fomaml-jax train --resume {run.folder} --minutes " in run.out
     assert 0 < run.result["tasks_seen"] < 6
     assert json.loads((tmp_path / "a/config.json").read_text())["minutes"] == 0.00001
     spoiled = shutil.copytree(tmp_path / "a", tmp_path / "spoiled")

@@ -100,8 +100,15 @@ def test_evaluate_repeats_the_result_and_finds_a_file_that_was_moved(harvests, t
     found = call("evaluate", run, "--file", moved)
     assert found.code == 0, found.err
     assert rows_of(found.out) == rows_of(harvests.out)[:2]
-    for option in ("--ways", "--queries"):
-        assert "table has no classes" in call("evaluate", run, option, "3").err
+    refused = {
+        "--ways": "--ways: table has no classes",
+        "--queries": "--queries: table is judged on a fixed number",
+        "--eval-tasks": "--eval-tasks: a run of table is judged on all its unseen groups",
+        "--seed": "--seed: a run of table is judged on all its unseen groups",
+        "--path": "--path is no option of runs of table, which have --file",
+    }
+    for option, message in refused.items():
+        assert call("evaluate", run, option, "3").err == f"fomaml-jax: {message}\n"
 
 
 def test_evaluating_on_groups_that_were_trained_on_is_refused(harvests, tmp_path):

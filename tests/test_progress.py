@@ -61,3 +61,9 @@ def test_without_a_name_there_is_nothing(capsys):
 @pytest.mark.parametrize(("seconds", "clock"), [(3.4, "0:03"), (75, "1:15"), (3661, "1:01:01")])
 def test_the_clock(seconds, clock):
     assert progress._clock(seconds) == clock
+
+
+def test_lines_without_a_note_end_without_a_comma(capsys):
+    with progress.progress("training", 10, "tasks") as tell:
+        tell(5, "")
+    assert re.search(r"tasks/s\n$", capsys.readouterr().err)

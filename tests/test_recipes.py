@@ -103,5 +103,5 @@ def test_the_baseline_of_the_papers_recipe_sees_turned_characters_too():
 
 
 def test_what_has_no_classes_is_not_asked_for_ways():
-    with pytest.raises(ValueError, match=r"^--queries: sinusoid has no classes$"):
+    with pytest.raises(ValueError, match=r"^--queries: sinusoid is judged on a fixed number$"):
         options.check_judged_otherwise(options.Sinusoid(), {"queries": 3})

@@ -497,3 +497,21 @@ def test_possible_numbers_are_not(chosen):
     options.check(chosen)
     steps = 1 if getattr(chosen, "learned_rates", False) else 0  # rates are those of steps
     options.check(dataclasses.replace(chosen, inner_steps=steps, seed=0, eval_tasks=2))
+
+
+def test_what_is_said_of_a_run_that_goes_on(tmp_path):
+    runs.write_json(tmp_path / runs.CONFIG, options.to_json(options.Sinusoid(patience=3)))
+    row = dict.fromkeys(runs.ROW, 1)
+    rows = [row | {"step": step, "validation": 0.5} for step in (10, 20)] + [row | {"step": 25}]
+    (tmp_path / runs.METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match="are the best by validation until step 20 or later$"):
+        runs.warn_if_begun(tmp_path)
+    runs.write_json(tmp_path / runs.CONFIG, options.to_json(options.Sinusoid()))
+    with pytest.warns(UserWarning, match="its parameters are of step 20 or later$"):
+        runs.warn_if_begun(tmp_path)
+
+
+def test_places_are_known_from_any_other_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = options.anywhere(options.Sinusoid(compilation_cache=Path("kept"))).compilation_cache
+    assert kept == tmp_path / "kept"

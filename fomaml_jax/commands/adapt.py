@@ -70,6 +70,8 @@ def _check_places(asked: Adapt, folder: Path) -> None:
     """Refuses what could not be written in the end."""
     if asked.query is None and asked.save is None:
         raise ValueError("pass --query with pictures to recognise, --save with a file, or both")
+    if asked.query is None and (asked.out is not None or asked.format != "csv"):
+        raise ValueError("--out and --format are of predictions; pass --query with pictures too")
     if asked.query is not None:
         check_out(folder, overwrite=asked.overwrite, apart=[asked.support, asked.query])
     if asked.save is not None and asked.save.is_dir():

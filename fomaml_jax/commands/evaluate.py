@@ -98,7 +98,9 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     options.check_judged_otherwise(chosen, changes)
     for name in OF_DATA:
         if name in changes and not hasattr(chosen, name):
-            raise ValueError(f"--{name}: {options.name_of(chosen)} has no data to look for")
+            others = [f"--{other}" for other in OF_DATA if hasattr(chosen, other)]
+            known = f", which have {' and '.join(others)}" * bool(others)
+            raise ValueError(f"--{name} is no option of runs of {options.name_of(chosen)}{known}")
     if asked.offline and hasattr(chosen, "offline"):
         changes["offline"] = True
     with plain_warnings():

@@ -8,6 +8,7 @@ from fomaml_jax import shift_pictures as shown
 from fomaml_jax.classifiers import Classifier
 from fomaml_jax.commands.endings import refusing, say
 from fomaml_jax.commands.tables import STATISTICS
+from fomaml_jax.commands.words import check_outside
 from fomaml_jax.datasets import Splits
 from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS
 
@@ -28,6 +29,8 @@ def report(
 ) -> None:
     """Measures a run under every shift, prints a table and writes it with a picture of it."""
     with refusing():
+        if isinstance(chosen, options.Folder):
+            check_outside(out, chosen.path)
         suite = shift_suite.suite(chosen, problem.splits)
         if (out / JSON).exists():
             raise ValueError(f"{out} holds a report; pass --out with another folder")

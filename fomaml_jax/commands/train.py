@@ -97,6 +97,10 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
     if processes.is_first():
         print(table(result))
         print(f"\nThe run is in {folder}: result.json, learning_curve.png and more.")
+        if result["stopped"] == "out of time":
+            steps = result["tasks_seen"] // chosen.tasks_per_step
+            print(f"Time was up after {steps} of {chosen.steps} steps; for more of them:")
+            print(f"{resume_with} --minutes {2 * (chosen.minutes or 0):g}")
         if isinstance(chosen, options.Table):
             print(f"For other groups: fomaml-jax predict {shlex.quote(str(folder))} --file FILE")
 
