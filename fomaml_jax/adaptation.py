@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import refusals
+from fomaml_jax import inner_updates, refusals
 from fomaml_jax.hoisting import hoisted
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.trainable import Trainable, merge, split
@@ -151,7 +151,7 @@ def inner_loop(
     refusals.check_bare(params)
     refusals.check_params(params)
     refusals.check_batch("support", support, axis=1 if per_step_support else 0)
-    refusals.check_rates(optimizer, params)
+    inner_updates.check_rates(optimizer, params)
     if per_step_support:
         refusals.check_per_step(support, num_steps)
 

@@ -1,17 +1,14 @@
 """The algorithms: what one task has to say about the shared parameters."""
 
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
-from fomaml_jax import refusals
+from fomaml_jax import inner_updates, refusals
 from fomaml_jax.adaptation import context, inner_loop, kept, repeat
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.manual_axes import varying
@@ -283,7 +280,7 @@ def maml(
             refusals.check_task(task)
             params, of_task = opened(shared, task, has_state)
             refusals.check_params(params)
-            _warn_of_infinite_curvature(optimizer, params)
+            inner_updates.warn_of_infinite_curvature(optimizer, params)
             through = jax.value_and_grad(after_adaptation, has_aux=True)
             (_, (value, seen, state, aux)), grads = through(params, task, of_task)
             info = _task_info(value, seen, grads, aux)
@@ -449,31 +446,3 @@ def _all_finite(x: jax.Array) -> jax.Array:
     # By the extremes, which NaN passes through: `isfinite(x).all()` is a seventh of a small task's
     # time on CPU, where it writes a boolean for every element first.
     return jnp.isfinite(x.max(initial=0)) & jnp.isfinite(x.min(initial=0))
-
-
-def _warn_of_infinite_curvature(optimizer: optax.GradientTransformation, params: Params) -> None:
-    """Warns if the update has no derivative where one element of the gradient is exactly zero."""
-    if "sqrt" not in str(refusals.update_jaxpr(optimizer, params)):
-        return
-
-    # One element of two is zero, so that element-wise roots are at fault and global norms are not.
-    def zero_and_one(x):
-        return jnp.arange(2, dtype=x.dtype).reshape((2,) + (1,) * (x.ndim - 1))
-
-    def total_update(grads):
-        updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
-        return optax.tree.sum(updates)
-
-    try:
-        with jax.ensure_compile_time_eval():
-            curvature = jax.grad(total_update)(jax.tree.map(zero_and_one, params))
-    except Exception:  # an optimizer made for these very shapes, or that needs the loss: no verdict
-        return
-    known = [x for x in jax.tree.leaves(curvature) if not isinstance(x, Tracer)]
-    if any(np.isnan(x).any() for x in known):
-        warnings.warn(
-            "this inner optimizer has an infinite derivative where a gradient is exactly zero, "
-            "which makes second-order meta-gradients NaN: pass eps_root (optax.adam(rate, "
-            "eps_root=1e-8)), use optax.sgd inside, or use fomaml",
-            stacklevel=4,
-        )

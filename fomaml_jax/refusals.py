@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.extend import core as jex_core
 
 from fomaml_jax.types import (
     Batch,
-    ClosedJaxpr,
     LossFn,
     Objective,
     Params,
@@ -158,14 +156,6 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             "optimizer must be an optax.GradientTransformation, got "
             f"{optimizer!r} ({type(optimizer).__name__}); for gradient descent pass optax.sgd(rate)"
-        )
-
-
-def check_rates(optimizer: optax.GradientTransformation, params: Params) -> None:
-    """Refuses an optimizer that multiplies by a NaN or an infinity, such as `optax.sgd(nan)`."""
-    if any(not np.all(np.isfinite(x)) for x in _factors(update_jaxpr(optimizer, params))):
-        raise ValueError(
-            "optimizer scales its updates by a number that is not finite; pass finite rates"
         )
 
 
@@ -477,41 +467,6 @@ def check_range(name: str, value: tuple[float, float]) -> None:
     low, high = value
     if not (np.isfinite([low, high]).all() and low < high):
         raise ValueError(f"{name} must be a range (low, high) with low < high, got {low, high}")
-
-
-def update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> ClosedJaxpr:
-    """The optimizer's first update, traced on shapes alone."""
-
-    def update(params):
-        zero = jnp.zeros(())
-        extra = optax.with_extra_args_support(optimizer)
-        return extra.update(
-            params, extra.init(params), params, value=zero, grad=params, value_fn=lambda _: zero
-        )[0]
-
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    return jax.make_jaxpr(update)(shapes)
-
-
-def _factors(closed: ClosedJaxpr):
-    """The numbers known while tracing that a product in the jaxpr multiplies by."""
-    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    # What may not be taken, such as a norm clipped to infinity, says nothing.
-    selects = (eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "select_n")
-    optional = {id(x) for eqn in selects for x in eqn.invars}
-    for eqn in closed.jaxpr.eqns:
-        for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_closed_jaxpr):
-            if _is_closed_jaxpr(sub):
-                yield from _factors(sub)
-        if eqn.primitive.name == "mul" and id(eqn.outvars[0]) not in optional:
-            for x in eqn.invars:
-                value = x.val if isinstance(x, jex_core.Literal) else known.get(x)
-                if value is not None and not isinstance(value, Tracer):
-                    yield value
-
-
-def _is_closed_jaxpr(x: Any) -> bool:
-    return isinstance(x, ClosedJaxpr)
 
 
 def _is_array(x: Any) -> bool:
