@@ -150,6 +150,28 @@ MUTATIONS = [
         "test_training.py",
     ),
     Mutation("checkpoints.py", "if found != digest:", "if False:", "test_checkpoints.py"),
+    Mutation(
+        "shifts.py",
+        "angle = jnp.deg2rad(jnp.asarray(degrees, accumulator(x.dtype)))",
+        "angle = jnp.deg2rad(jnp.asarray(degrees, x.dtype))",
+        "test_shifts.py",
+    ),
+    Mutation(
+        "experiment.py",
+        "taken = dataclasses.replace(chosen, steps=max(1, int(trained.state.step)))",
+        "taken = chosen",
+        "test_cli_resume.py",
+    ),
+    Mutation(
+        "experiment.py",
+        "elif runs.is_handed_on(folder, problem.params):",
+        "elif False:",
+        "test_cli_resume.py",
+    ),
+    Mutation(
+        "order.py", "firsts, seconds = _wide(firsts), _wide(seconds)", "pass", "test_order.py"
+    ),
+    Mutation("serial.py", "refusals.check_task(task)", "pass", "test_serial.py"),
 ]
 
 
