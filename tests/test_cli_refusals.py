@@ -142,6 +142,9 @@ REFUSED = {
     "train folder --path file": f"file is not a folder, expected {IMAGES}",
     "train omniglot --path nowhere": f"nowhere does not exist, expected {ARCHIVES}",
     "train omniglot --path empty": f"empty holds no Omniglot, expected {ARCHIVES}",
+    "train sinusoid --out new --compilation-cache new/kept": (
+        "new/kept would be inside of new; pass another --compilation-cache"
+    ),
     "evaluate nowhere": "nowhere is not a run: it has no config.json",
     "evaluate empty": "empty is not a run: it has no config.json",
     "evaluate file": "file is not a run: it has no config.json",

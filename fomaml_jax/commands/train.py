@@ -112,9 +112,14 @@ def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:
     else:
         chosen = parse(kind, program, words)
     folder = chosen.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if isinstance(chosen, options.Folder):
-        with refusing():
+    with refusing():
+        if isinstance(chosen, options.Folder):
             check_outside(folder, chosen.path)
+        kept = chosen.compilation_cache
+        if kept is not None and kept.resolve().is_relative_to(folder.resolve()):  # not empty then
+            raise ValueError(
+                f"{kept} would be inside of {folder}; pass another --compilation-cache"
+            )
     return chosen, folder
 
 
