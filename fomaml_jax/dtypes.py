@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -14,3 +15,14 @@ def accumulator(dtype: Any) -> Any:
         (True, True)
     """
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def widened(tree: Any) -> Any:
+    """A pytree of floats in as many bits as their sums and norms need.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> widened({"w": jnp.ones(1, jnp.float16)})
+        {'w': Array([1.], dtype=float32)}
+    """
+    return jax.tree.map(lambda x: x.astype(accumulator(x.dtype)), tree)

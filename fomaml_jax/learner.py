@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fomaml_jax import refusals
-from fomaml_jax.dtypes import accumulator
+from fomaml_jax.dtypes import accumulator, widened
 from fomaml_jax.parallel import OverTasks
 from fomaml_jax.types import MetaGradient, Params, TaskInfo, WithRates, WithState
 
@@ -187,7 +187,7 @@ def scheduled_learner(
 
 def norm(tree: Params) -> jax.Array:
     """The global norm, in 32 bits at least: in 16 that of finite gradients may overflow."""
-    return optax.tree.norm(jax.tree.map(lambda x: x.astype(accumulator(x.dtype)), tree))
+    return optax.tree.norm(widened(tree))
 
 
 def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaState]:

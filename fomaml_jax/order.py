@@ -9,7 +9,7 @@ import optax
 
 from fomaml_jax import refusals
 from fomaml_jax.adaptation import adapt
-from fomaml_jax.dtypes import accumulator
+from fomaml_jax.dtypes import widened
 from fomaml_jax.meta_gradients import fomaml, maml
 from fomaml_jax.parallel import together
 from fomaml_jax.types import LossFn, Params, Task
@@ -191,7 +191,7 @@ def diagnose(
         return first, second, jnp.append(info.losses, after)
 
     firsts, seconds, losses = together(one_task, tasks)
-    firsts, seconds = _wide(firsts), _wide(seconds)
+    firsts, seconds = widened(firsts), widened(seconds)
     norms = [jax.vmap(optax.tree.norm)(grads) for grads in (firsts, seconds)]
     cosine = jax.vmap(optax.tree.vdot)(firsts, seconds) / (norms[0] * norms[1])
     means = [jax.tree.map(lambda g: g.mean(0), grads) for grads in (firsts, seconds)]
@@ -201,12 +201,7 @@ def diagnose(
     return Diagnosis(jnp.asarray(cosine), jnp.asarray(mean_cosine), norms[0] / norms[1], drop)
 
 
-def _wide(grads: Params) -> Params:
-    """In as many bits as their norms need."""
-    return jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), grads)
-
-
 def _distance(given: Params, reference: Params) -> jax.Array:
-    given, reference = _wide(jax.tree.map(jnp.asarray, given)), _wide(reference)
+    given, reference = widened(jax.tree.map(jnp.asarray, given)), widened(reference)
     apart = optax.tree.norm(jax.tree.map(jnp.subtract, given, reference))
     return apart / jnp.maximum(optax.tree.norm(reference), jnp.finfo(jnp.float32).tiny)

@@ -224,7 +224,7 @@ def class_imbalance(
     total = _check_counts(counts, total)
 
     def thin_out(key: jax.Array, task: Task) -> Task:
-        x, y = map(jnp.asarray, _pair("support", task.support))
+        x, y = _pair("support", task.support)
         if total > len(y):
             raise ValueError(f"counts add up to {total}, more than the {len(y)} support examples")
         if not isinstance(counts, Tracer) and len(counts) * np.max(counts) > len(y):
@@ -235,6 +235,7 @@ def class_imbalance(
         classes = len(counts) if isinstance(y, Tracer) else int(np.asarray(y).max()) + 1
         if classes != len(counts):
             raise ValueError(f"counts must be one a class, of {classes}, got {len(counts)}")
+        x, y = jnp.asarray(x), jnp.asarray(y)  # only now: under `jit` labels of NumPy are traced
         kept = jax.random.permutation(key, jnp.asarray(counts))
         same = y[:, None] == y[None, :]
         before = jnp.tril(same, -1).sum(1)  # examples of the same class

@@ -169,7 +169,7 @@ MUTATIONS = [
         "test_cli_resume.py",
     ),
     Mutation(
-        "order.py", "firsts, seconds = _wide(firsts), _wide(seconds)", "pass", "test_order.py"
+        "order.py", "firsts, seconds = widened(firsts), widened(seconds)", "pass", "test_order.py"
     ),
     Mutation("serial.py", "refusals.check_task(task)", "pass", "test_serial.py"),
 ]

@@ -67,6 +67,17 @@ def test_a_mask_of_any_dtype_leaves_pictures_out(ready, pictures, dtype):
     assert_close(found, ready.adapt((pictures, labels)), 1e-4)
 
 
+def test_pictures_of_a_class_are_counted_in_more_than_8_bits():
+    rng = np.random.default_rng(0)
+    logits, y = rng.normal(size=(257, 2)).astype(np.float32), np.array([0] * 256 + [1])
+    loss = classifiers.cross_entropy(lambda params, x: x.pictures, balanced=True)
+    few, many = (
+        loss(None, (classifiers.Weighted(logits, jnp.ones(257, dtype)), jnp.asarray(y)))
+        for dtype in (jnp.uint8, jnp.float32)
+    )
+    np.testing.assert_allclose(few, many, rtol=1e-6)
+
+
 @pytest.mark.parametrize("weights", [np.zeros(6), -np.ones(6), np.full(6, np.nan)])
 def test_weights_that_leave_nothing_to_learn_from_are_refused(ready, pictures, weights):
     with pytest.raises(ValueError, match=r"^weights must be at least 0, finite, and some of them"):

@@ -279,3 +279,6 @@ def test_imbalance_of_arrays_of_numpy_under_jit():
     task = jax.tree.map(np.asarray, TASK)
     shift = fj.shifts.class_imbalance([1, 2, 3, 4, 5])
     equal(jax.jit(lambda key: shift(key, task))(KEY), shift(KEY, TASK))
+    too_many = fj.shifts.class_imbalance([1] * (WAYS + 1))
+    with pytest.raises(ValueError, match="counts must be one a class, of 5, got 6"):
+        jax.jit(lambda key: too_many(key, task))(KEY)
