@@ -194,7 +194,9 @@ def _bounced(key: jax.Array, age: jax.Array, drift: float, low: Any, high: Any) 
     """Up and down between the ends, twice the range a round, from a place anywhere in a round."""
     low, high = jnp.asarray(low), jnp.asarray(high)
     start = jax.random.uniform(key, low.shape, low.dtype, maxval=2.0)
-    place = (start + drift * age.astype(low.dtype)) % 2.0
+    # A round is what an unsigned integer holds: it turns over, and loses no digit at a great age.
+    gone = age.astype(jnp.uint32) * np.uint32(round(float(drift) * 2**31))
+    place = (start + gone.astype(low.dtype) * 2.0**-31) % 2.0
     return low + (high - low) * (1.0 - jnp.abs(1.0 - place))
 
 

@@ -52,6 +52,13 @@ def test_without_jumps_a_number_goes_up_and_down_its_range_at_constant_speed():
     np.testing.assert_allclose(found[:800], found[200:], atol=1e-3)  # a round takes 200
 
 
+def test_the_speed_is_the_same_after_a_thousand_million_arrivals():
+    path = fj.tasks.drift_and_jumps(0.0, 1.0, drift=0.001)
+    late = jnp.asarray(2**30, jnp.int32) + jnp.arange(100)
+    steps = np.diff(jax.vmap(lambda i: path(KEY, i))(late))
+    np.testing.assert_allclose(np.abs(steps), 0.001, atol=1e-6)
+
+
 def test_jumps_are_one_a_block_at_any_place_of_it_to_anywhere_in_the_box():
     path = fj.tasks.drift_and_jumps(np.zeros(2), np.array([1.0, 10.0]), jump_every=20)
     found = contexts(path, 20 * 2000)
