@@ -242,6 +242,11 @@ REFUSED = {
         "adapt run --support support --query query --out there --save there/result.json",
         "there/result.json would be among the predictions",
     ),
+    "a file among the pictures": (
+        None,
+        "adapt run --support support --save support/ring/mine",
+        "support/ring/mine would be among the pictures in support; pass another --save",
+    ),
     "a tiny picture": (
         lambda home: Image.new("L", (3, 2)).save(home / "query" / "ring" / "0.png"),
         "adapt run --support support --query query",

@@ -14,7 +14,7 @@ from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.commands.endings import plain_warnings, refusing
 from fomaml_jax.commands.recognised import how_read
 from fomaml_jax.commands.recognising import Recognise, check_out, read, recognise
-from fomaml_jax.commands.words import parse
+from fomaml_jax.commands.words import check_outside, parse
 from fomaml_jax.datasets import Pictures
 from fomaml_jax.devices import keep_compiled_programs
 from fomaml_jax.recognition import (
@@ -72,13 +72,18 @@ def _check_places(asked: Adapt, folder: Path) -> None:
         raise ValueError("pass --query with pictures to recognise, --save with a file, or both")
     if asked.query is None and (asked.out is not None or asked.format != "csv"):
         raise ValueError("--out and --format are of predictions; pass --query with pictures too")
+    pictures_in = [asked.support] if asked.query is None else [asked.support, asked.query]
     if asked.query is not None:
-        check_out(folder, overwrite=asked.overwrite, apart=[asked.support, asked.query])
-    if asked.save is not None and asked.save.is_dir():
+        check_out(folder, overwrite=asked.overwrite, apart=pictures_in)
+    if asked.save is None:
+        return
+    if asked.save.is_dir():
         raise ValueError(f"{asked.save} is a folder; pass --save with a file")
-    if asked.save and asked.query and asked.save.resolve().parent == folder.resolve():
+    for data in pictures_in:
+        check_outside(asked.save, data, "--save")
+    if asked.query and asked.save.resolve().parent == folder.resolve():
         raise ValueError(f"{asked.save} would be among the predictions; pass --save with another")
-    if asked.save is not None and asked.save.exists() and not asked.overwrite:
+    if asked.save.exists() and not asked.overwrite:
         raise ValueError(f"{asked.save} is there already; pass another --save, or --overwrite")
 
 

@@ -41,14 +41,14 @@ def _at_home(found: Any) -> Any:
     return dataclasses.replace(found, **{name: read(getattr(found, name)) for name in fields})
 
 
-def check_outside(folder: Path, data: Path) -> None:
+def check_outside(path: Path, data: Path, option: str = "--out") -> None:
     """Refuses to write among the pictures, where the next call would take it for some.
 
     Raises:
         ValueError: naming both.
     """
-    if folder.resolve().is_relative_to(data.resolve()):
-        raise ValueError(f"{folder} would be among the pictures in {data}; pass another --out")
+    if path.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"{path} would be among the pictures in {data}; pass another {option}")
 
 
 def _first_sentence(boxed: str) -> str:
