@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +78,12 @@ def forget_after(folder: Path, step: int) -> None:
             _remove(path)
 
 
-def newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[str]]:
+def newest(
+    folder: Path, like: Any, check: Callable[[dict[str, Any]], None] = lambda notes: None
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that can be read, in the structure of `like`.
+
+    Its notes are given to `check`, which may refuse it, before its arrays are looked at.
 
     Returns:
         The checkpoint, `None` where there are none, and a line on each newer one that is damaged.
@@ -94,6 +98,7 @@ def newest(folder: Path, like: Any) -> tuple[Checkpoint | None, list[str]]:
         except _DamagedError as error:
             damaged.append(f"the checkpoint {path} is damaged and was left out: {error}")
             continue
+        check(manifest["notes"])
         tree = _fitted(path, manifest, found, like)
         return Checkpoint(manifest["step"], tree, manifest["notes"]), damaged
     if damaged:

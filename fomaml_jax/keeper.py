@@ -44,7 +44,11 @@ class Keeper:
         if not begun:
             return
         like = {"carry": history.carry, "best": history.best}
-        found, damaged = checkpoints.newest(folder / runs.CHECKPOINTS, like)
+
+        def check(notes: dict[str, Any]) -> None:
+            _check_identity(folder, notes["identity"], self.identity)
+
+        found, damaged = checkpoints.newest(folder / runs.CHECKPOINTS, like, check)
         for line in damaged:
             warnings.warn(line, stacklevel=3)
         if found is None:
@@ -58,7 +62,6 @@ class Keeper:
         """Gives a history what a checkpoint holds; what is to be said of it."""
         assert self.folder is not None
         notes, lines = found.notes, []
-        _check_identity(self.folder, notes["identity"], self.identity)
         if (before := notes["made_by"]) != self.made_by:
             lines.append(
                 f"the run in {self.folder} was saved with {_listed(before)}, and goes on with "

@@ -150,9 +150,9 @@ def train(
     Raises:
         ImportError: for a folder without orbax, which writes the checkpoints.
         ValueError: for no budget, numbers below one, a folder with a run in it (without `resume`)
-            or one that another process trains in, a checkpoint of another problem (one with best
-            parameters where `validate` is given, and none where not), key, meta-batch, `config` or
-            `lower_is_better`, or where all are damaged; where several processes were called
+            or one that another process trains in, a checkpoint of another problem, key, meta-batch,
+            `config` or `lower_is_better`, or where all are damaged; where `validate` was not given
+            before and is now, or the other way round; where several processes were called
             differently.
         TypeError: for a learner or a key that is none; for a `config` that is not plain JSON (a
             ValueError for NaN in it).
@@ -198,6 +198,7 @@ def train(
         start = outer_steps.start(learner.init(params))
     history = History(start, scored=validate is not None)
     identity = identity_of(key, tasks_per_step, config)
+    identity["validate"] = "not given" if validate is None else "given"
     if validate is not None:
         identity["lower_is_better"] = lower_is_better
     keeper = Keeper(None if folder is None else Path(folder).expanduser(), identity, made_by(mesh))

@@ -205,7 +205,7 @@ def test_what_the_best_is_stays_what_it_was(tmp_path):
     train(**scored, lower_is_better=True)
     with pytest.raises(ValueError, match="lower_is_better was True, now False"):
         train(**scored, resume=True)
-    with pytest.raises(ValueError, match=r"of another problem: \['best'\]"):
+    with pytest.raises(ValueError, match="validate was given, now not given"):
         train(**scored | {"validate": None}, resume=True)
 
 
