@@ -36,7 +36,7 @@ def warn_of_infinite_curvature(optimizer: optax.GradientTransformation, params: 
 
     try:
         with jax.ensure_compile_time_eval():
-            curvature = jax.grad(total_update)(jax.tree.map(zero_and_one, params))
+            curvature = jax.jit(jax.grad(total_update))(jax.tree.map(zero_and_one, params))
     except Exception:  # an optimizer made for these very shapes, or that needs the loss: no verdict
         return
     known = [x for x in jax.tree.leaves(curvature) if not isinstance(x, Tracer)]
