@@ -229,10 +229,10 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_agrees_with_the_loop_by_hand(case):
     params, tasks = network_problem(1)
     shared, task = case.shared(params), one(tasks)
-    grads, info = case.make(network)(shared, task)
-    assert_close(grads, case.reference(shared, task), 1e-12)
+    grads, info = jax.jit(case.make(network))(shared, task)
+    assert_close(grads, jax.jit(case.reference)(shared, task), 1e-12)
     told = info.support_losses, info.query_loss
-    assert_close(told, losses_by_hand(case, shared, task), 1e-12)
+    assert_close(told, jax.jit(functools.partial(losses_by_hand, case))(shared, task), 1e-12)
     assert bool(info.finite)
 
 
@@ -304,7 +304,7 @@ def test_the_inner_loop_moves_what_it_adapts_and_nothing_else(case):
     def telling(params, batch):  # the aux: the parameters that the loss is given
         return network(params, batch), params
 
-    _, info = case.make(telling, has_aux=True)(case.shared(params), one(tasks))
+    _, info = jax.jit(case.make(telling, has_aux=True))(case.shared(params), one(tasks))
     for name, leaf in params.items():
         same = np.array_equal(info.aux[name], leaf)
         assert same != case.adapted(name), name
@@ -363,7 +363,7 @@ def test_permuted_labels_permute_the_head_and_change_nothing_else(case):
     x_support, x_query = (one(batch[0]) for batch in tasks)
     labels = jnp.asarray(rng.integers(0, WAYS, 6))
     position = jnp.asarray(np.argsort(order))  # where each class's output has gone
-    meta_gradient, shared = case.make(loss), case.shared(params)
+    meta_gradient, shared = jax.jit(case.make(loss)), case.shared(params)
     grads, info = meta_gradient(shared, fj.Task((x_support, labels), (x_query, labels)))
     turned = fj.Task((x_support, position[labels]), (x_query, position[labels]))
     found, same = meta_gradient(permuted(shared), turned)

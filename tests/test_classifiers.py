@@ -63,8 +63,9 @@ def test_a_mask_of_any_dtype_leaves_pictures_out(ready, pictures, dtype):
     """Added up in booleans the pictures of a class would be one."""
     labels = np.array([0, 0, 0, 0, 1, 1])
     more, weights = np.concatenate([pictures, pictures[:1]]), np.array([1] * 6 + [0], dtype)
-    found = ready.adapt((more, np.append(labels, 1)), weights=weights)
-    assert_close(found, ready.adapt((pictures, labels)), 1e-4)
+    adapt = jax.jit(lambda x, y, weights: ready.adapt((x, y), ways=2, weights=weights))
+    found = adapt(more, np.append(labels, 1), weights)
+    assert_close(found, adapt(pictures, labels, None), 1e-4)
 
 
 def test_pictures_of_a_class_are_counted_in_more_than_8_bits():

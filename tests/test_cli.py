@@ -91,6 +91,7 @@ def test_the_result_of_pictures(glyphs):
     }
 
 
+@pytest.mark.slow
 def test_queries_one_at_a_time(glyphs, tmp_path):
     words = ("--statistics", "one-at-a-time", "--no-compare")
     run = trained(tmp_path / "run", "glyphs", *SMALL_GLYPHS, *words)
@@ -104,6 +105,7 @@ def test_queries_one_at_a_time(glyphs, tmp_path):
     assert run.metrics[-1]["loss"] != glyphs.metrics[-1]["loss"]  # training is different too
 
 
+@pytest.mark.slow
 def test_what_is_reported_beside_is_what_the_other_choice_reports(glyphs):
     chosen = options.from_json(glyphs.result["config"])
     found = {}
@@ -203,6 +205,7 @@ def test_the_same_seed_gives_the_same_numbers_and_no_compare_only_leaves_out_bas
     assert rows_of(again.out) == rows_of(glyphs.out)[:3]
 
 
+@pytest.mark.slow
 def test_tune_says_what_it_saw_and_trains_the_same(glyphs, tmp_path):
     run = trained(tmp_path / "run", *SMALL_GLYPHS, "--no-compare", "--tune")
     plan = json.loads((run.folder / "plan.json").read_text())
@@ -217,6 +220,7 @@ def test_tune_says_what_it_saw_and_trains_the_same(glyphs, tmp_path):
     np.testing.assert_allclose(run.result["mean"], glyphs.result["mean"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_another_computation_with_much_the_same_result(glyphs, tmp_path):
     run = trained(tmp_path / "run", *SMALL_GLYPHS, "--no-compare", "--compute", "bfloat16")
     half, full = (float(trained.metrics[0]["loss"]) for trained in (run, glyphs))
@@ -224,6 +228,7 @@ def test_bfloat16_is_another_computation_with_much_the_same_result(glyphs, tmp_p
     np.testing.assert_allclose(half, full, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_if_asked(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     cache = tmp_path / "compiled"
@@ -253,6 +258,7 @@ def test_evaluate_takes_other_tasks_and_steps(sinusoid):
     assert rows_of(other.out)[0] != rows_of(sinusoid.out)[0]
 
 
+@pytest.mark.slow
 def test_evaluate_compares_two_runs_task_by_task(sinusoid, tmp_path):
     other = trained(tmp_path, "sinusoid", *TINY, "--eval-steps", "2", "--rate", "0.1")
     found = call("evaluate", sinusoid.folder, "--against", other.folder, "--eval-tasks", "50")
@@ -276,6 +282,7 @@ def test_runs_on_different_tasks_are_not_compared(sinusoid, glyphs):
     )
 
 
+@pytest.mark.slow
 def test_compare_adds_second_order_maml_and_joint_pretraining_to_sine_waves(tmp_path):
     compared = trained(tmp_path, "sinusoid", *TINY, "--inner-steps", "1", "--compare")
     names = ["second-order MAML", "joint pre-training, fine-tuned"]
@@ -301,6 +308,7 @@ def test_a_run_that_diverges_ends_with_valid_json(tmp_path):
 # One's own pictures.
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_is_learned_and_evaluated_where_it_is_moved_to(tmp_path):
     data = paint_classes(tmp_path / "data", 6)
     words = ["--path", data, "--size", "8", "--channels", "1", "--no-compare"]
@@ -411,6 +419,7 @@ def test_tensorboard(sinusoid, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_options_of_the_optimizers(sinusoid, glyphs, tmp_path):
     for name, words in {
         "apply": ["--apply-if-finite", "5"],

@@ -28,6 +28,20 @@ from fomaml_jax import baselines, checkpoints, datasets, experiment, problems, r
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
+
+@pytest.fixture(scope="module")
+def out_of_time(small_world, tmp_path_factory):
+    """A run that was to take longer."""
+    run = trained(tmp_path_factory.mktemp("run"), "sinusoid", *TINY, "--minutes", "0.00001")
+    return run.folder
+
+
+@pytest.fixture
+def unfinished(out_of_time, tmp_path):
+    """The same, for one test to spoil."""
+    return shutil.copytree(out_of_time, tmp_path / "unfinished")
+
+
 # Interruption.
 
 
@@ -92,6 +106,7 @@ def test_a_network_that_is_handed_on_is_not_trained_over(tmp_path, sinusoid):
     assert (tmp_path / "parameters.npz").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_baselines_take_the_steps_that_were_taken(tmp_path, monkeypatch):
     budgets = []
 
@@ -107,6 +122,7 @@ def test_baselines_take_the_steps_that_were_taken(tmp_path, monkeypatch):
     assert budgets == [run.result["tasks_seen"] // 2] * 2
 
 
+@pytest.mark.slow
 def test_baselines_can_be_asked_for_when_a_run_has_finished(tmp_path, sinusoid):
     shutil.copytree(sinusoid.folder, tmp_path, dirs_exist_ok=True)
     assert not sinusoid.result["baselines"]
@@ -209,12 +225,13 @@ def test_other_rates_are_no_way_to_go_on(tmp_path):
     assert everything(run.folder) == before
 
 
+@pytest.mark.slow
 def test_evaluating_on_other_pictures_is_said_or_refused(tmp_path):
     data = paint_classes(tmp_path / "data", 6)
     words = ("--path", data, "--size", "8", "--no-compare")
     run = trained(tmp_path / "run", "folder", *SMALL_FOLDER, *words)
-    other = trained(tmp_path / "other", "folder", *SMALL_FOLDER, *words)
-    assert call("evaluate", run.folder, "--against", other.folder).code == 0
+    other = shutil.copytree(run.folder, tmp_path / "other")
+    assert call("evaluate", run.folder, "--against", other).code == 0
     shutil.copytree(data, tmp_path / "more")
     tested = json.loads((run.folder / "data.json").read_text())["classes"]["test"][0]
     (picture,) = (tmp_path / "more" / tested).glob("0.png")
@@ -301,8 +318,8 @@ WRONG_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), WRONG_CHECKPOINTS.values(), ids=WRONG_CHECKPOINTS)
-def test_a_wrong_checkpoint_is_refused(tmp_path, spoil, message):
-    run = trained(tmp_path / "run", "sinusoid", *TINY, "--minutes", "0.00001").folder
+def test_a_wrong_checkpoint_is_refused(unfinished, spoil, message):
+    run = unfinished
     spoil(run)
     before = everything(run)
     refused = call("train", "--resume", run, "--minutes", "60")
@@ -313,6 +330,7 @@ def test_a_wrong_checkpoint_is_refused(tmp_path, spoil, message):
     assert everything(run) == before
 
 
+@pytest.mark.slow
 def test_patience_and_minutes(tmp_path):
     run = trained(tmp_path / "a", "sinusoid", *TINY, "--minutes", "0.00001")
     assert run.result["stopped"] == "out of time"
@@ -333,29 +351,28 @@ def test_patience_and_minutes(tmp_path):
     assert json.loads((tmp_path / "a/result.json").read_text())["stopped"] == "finished"
 
 
-def test_resuming_without_another_step_to_take_keeps_the_result(tmp_path, monkeypatch):
-    run = trained(tmp_path / "run", "sinusoid", *TINY, "--minutes", "0.00001")
-    before = everything(run.folder)
+def test_resuming_without_another_step_to_take_keeps_the_result(unfinished, monkeypatch):
+    before = everything(unfinished)
     monkeypatch.setattr(experiment, "evaluate", Mock(side_effect=KeyboardInterrupt))
-    assert call("train", "--resume", run.folder).code == 130
-    assert everything(run.folder) == before
+    assert call("train", "--resume", unfinished).code == 130
+    assert everything(unfinished) == before
 
 
-def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
-    run = trained(tmp_path / "run", "sinusoid", *TINY, "--minutes", "0.00001")
-    with held(run.folder):
-        before = everything(run.folder)
-        for words in (("sinusoid", "--overwrite", "--out", run.folder), ("--resume", run.folder)):
+def test_a_folder_that_is_in_use_is_left_alone(unfinished):
+    with held(unfinished):
+        before = everything(unfinished)
+        for words in (("sinusoid", "--overwrite", "--out", unfinished), ("--resume", unfinished)):
             refused = call("train", *words)
             assert (refused.code, refused.out) == (2, "")
             assert refused.err == (
-                f"fomaml-jax: another process trains in {run.folder}; wait for it, or stop it\n"
+                f"fomaml-jax: another process trains in {unfinished}; wait for it, or stop it\n"
             )
-            assert everything(run.folder) == before
-    again = call("train", "sinusoid", *TINY, "--overwrite", "--out", run.folder)
+            assert everything(unfinished) == before
+    again = call("train", "sinusoid", *TINY, "--overwrite", "--out", unfinished)
     assert again.code == 0
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_was_the_choice_has_kept_duplicates(tmp_path):
     data = paint_classes(tmp_path / "data", 6)
     words = ("--path", data, "--size", "8", "--no-compare", "--duplicates", "keep")
@@ -372,6 +389,7 @@ def test_a_run_from_before_there_was_the_choice_has_kept_duplicates(tmp_path):
     assert "are the same picture in two splits (1 such in all)" in refused.err
 
 
+@pytest.mark.slow
 def test_what_else_may_be_damaged_is_said_in_a_line(tmp_path, monkeypatch, sinusoid):
     with monkeypatch.context() as patch:
         asked_to_stop(patch, signal.SIGINT)

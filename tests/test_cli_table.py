@@ -180,6 +180,7 @@ def test_wrong_tables_are_refused_in_a_line(words, line, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_table_that_has_changed_before_anything_was_saved_is_the_runs(tmp_path, monkeypatch):
     """Told by what `predict` will standardise with."""
     file = write(tmp_path / "harvests.csv")
@@ -200,6 +201,7 @@ def test_a_table_that_has_changed_before_anything_was_saved_is_the_runs(tmp_path
     assert found == wanted
 
 
+@pytest.mark.slow
 def test_dollars_are_no_mathematics_and_no_inner_step_is_one_too(tmp_path, monkeypatch):
     """Nor is a path another one in another folder."""
     file = write(tmp_path / "harvests.csv")

@@ -69,6 +69,7 @@ def test_dust_is_no_part_of_a_drawing(drawing, tmp_path):
     assert alike(strokes(dusty, tmp_path / "dusty"), clean) > 0.95
 
 
+@pytest.mark.slow
 def test_drawings_are_framed_as_most_of_omniglot_is(omniglot_folder):
     drawings = omniglot(omniglot_folder, size=112).test.images[::8, ::5, ..., 0]
     drawings = drawings.reshape(-1, 112, 112)

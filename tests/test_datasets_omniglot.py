@@ -77,6 +77,7 @@ def test_drawings_stay_with_their_character_and_drawer(data, vinyals):
     np.testing.assert_array_equal(latin, 255 - np.asarray(original.resize((28, 28), 1)))
 
 
+@pytest.mark.slow
 def test_background_split_is_that_of_the_archives(data):
     splits = omniglot(data, split="background", size=7, resample="nearest")
     assert [len(classes.names) for classes in splits] == [792, 172, 659]

@@ -13,6 +13,7 @@ from test_algorithms import CASES
 
 import fomaml_jax as fj
 
+pytestmark = pytest.mark.slow
 MODES = {
     "debug_nans": lambda: jax.debug_nans(True),
     "checking_leaks": jax.checking_leaks,

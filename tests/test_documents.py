@@ -20,6 +20,7 @@ def run(*words, **kwargs):
     return subprocess.run(words, capture_output=True, text=True, timeout=600, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs_and_adapts():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 19
@@ -35,6 +36,7 @@ def test_the_readmes_commands_are_the_packages():
     assert "pip install -e '.[test]' && python -m pytest -n auto -m \"not slow\"\n" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_sinusoid_example():
     example = runpy.run_path(str(ROOT / "examples" / "sinusoid.py"))
@@ -44,6 +46,7 @@ def test_the_sinusoid_example():
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_stream_example(tmp_path):
     example = runpy.run_path(str(ROOT / "examples" / "stream.py"))
@@ -118,6 +121,7 @@ def test_the_framework_guides(guide):
     assert accuracy > 30  # chance is 20
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_population_of_learners():
     example = runpy.run_path(str(ROOT / "examples" / "composition" / "population.py"))
@@ -125,6 +129,7 @@ def test_a_population_of_learners():
     assert (losses[:, -20:].mean(1) < losses[:, :20].mean(1)).all()
 
 
+@pytest.mark.slow
 def test_your_own_shard_map_and_pmap():
     example = runpy.run_path(str(ROOT / "examples" / "composition" / "devices.py"))
     assert example["main"]() < 1e-5

@@ -143,6 +143,7 @@ def test_the_policy_gradient_is_that_of_the_expected_return(navigation, monkeypa
     np.testing.assert_allclose(-biases(grads) * expected(mean)[1], slope, atol=4e-4)
 
 
+@pytest.mark.slow
 def test_the_meta_gradient_is_the_adapted_players_own(navigation):
     """The library's, and one written out: either player makes the gradient of what it played."""
     params = navigation.first_params(jax.random.key(5))

@@ -127,6 +127,7 @@ def test_compiles_once_scans_and_does_not_grow():
     assert sizes(state) == sizes(start)
 
 
+@pytest.mark.slow
 def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
     params, tasks = network_problem(8)
     learner = small_learner()

@@ -148,6 +148,7 @@ def test_a_feature_in_another_unit_is_told(run, tmp_path):
     assert re.search(r"rain is 1000 in a row, where it was \S+ ± \S+ in training", done.err)
 
 
+@pytest.mark.slow
 def test_large_numbers_of_a_small_spread_keep_their_digits(small_world, tmp_path):
     """Seconds since 1970, and a target of millions that differs by units."""
     start, level = 1_700_000_000, 2_000_000

@@ -158,6 +158,7 @@ def test_learned_rates_at_their_first_are_those_of_a_run_without(task):
     assert_close(*paths, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_rate_is_the_change_of_the_query_loss(task):
     """By a difference: of the head's rate in the last step, on which no later gradient depends."""
     chosen = dataclasses.replace(LEARNED, train_ways=WAYS)

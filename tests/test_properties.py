@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fomaml_jax as fj
 
+pytestmark = pytest.mark.slow
 KEY = jax.random.key(0)
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
 ALGORITHMS = {"fomaml": fj.fomaml, "maml": fj.maml, "reptile": fj.reptile}

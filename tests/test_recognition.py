@@ -65,6 +65,7 @@ def nearest(classifier, x, y, held_out):
     return (features(classifier, params, Beside(x, held_out[None])) @ means.T).max()
 
 
+@pytest.mark.slow
 def test_the_threshold_is_that_of_a_loop_over_what_is_left_out(classifier, pictures, adapted):
     """Examples really taken away, where the library gives them no weight."""
     strangers = [

@@ -62,6 +62,7 @@ def by_hand(outputs, task):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["transductive", "one-at-a-time"])
 def test_rows_are_what_every_task_by_itself_gives(classifier, statistics):
     chosen = dataclasses.replace(CHOSEN, statistics=statistics)
@@ -263,6 +264,7 @@ def test_the_picture_has_a_panel_a_shift_with_all_accuracies():
 # The command.
 
 
+@pytest.mark.slow
 def test_evaluate_with_shift(glyphs, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "omniglot", lambda download: OMNIGLOT)
     for name, few in {"WAYS": (3,), "SHOTS": (1,), "SEVERAL": 3, "KINDS": {}}.items():

@@ -29,6 +29,7 @@ def trained(learner, params, tasks, steps):
     return jax.lax.scan(lambda s, _: learner.step(s, tasks), state, length=steps)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_first_order_then_second_in_one_run():
     params, tasks = network_problem(3)

@@ -44,7 +44,9 @@ def assert_bitwise(found, expected):
 
 
 @pytest.mark.filterwarnings("ignore:.*has no checkpoint")
-@pytest.mark.parametrize("every", [1, 5, datetime.timedelta(0)])
+@pytest.mark.parametrize(
+    "every", [pytest.param(1, marks=pytest.mark.slow), 5, datetime.timedelta(0)]
+)
 def test_a_killed_run_ends_where_it_would_have_ended(tmp_path, monkeypatch, every):
     whole = train(**RUN, folder=tmp_path / "whole")
     save, appended = checkpoints.save, training.runs.append_metrics

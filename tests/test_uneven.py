@@ -29,7 +29,7 @@ def image_task(seed, shots, queries):
 
 
 PARAMS = NET.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-FOMAML = fj.fomaml(image_loss, optax.sgd(0.1), 2)
+FOMAML = jax.jit(fj.fomaml(image_loss, optax.sgd(0.1), 2))
 
 
 def alone(task):
@@ -53,20 +53,19 @@ def test_padding_has_exactly_no_influence(content):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_uneven_tasks_in_one_program_are_what_each_is_alone():
     several = [image_task(0, 1, 2), image_task(1, 3, 1), image_task(2, 2, 2)]
     each = [FOMAML(PARAMS, alone(task))[0] for task in several]
-    plain, _ = fj.fomaml(
-        lambda params, batch: optax.softmax_cross_entropy_with_integer_labels(
-            NET.apply(params, batch[0]), batch[1]
-        ).mean(),
-        optax.sgd(0.1),
-        2,
-    )(PARAMS, several[0])
+
+    def plain_loss(params, batch):
+        logits = NET.apply(params, batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    plain, _ = jax.jit(fj.fomaml(plain_loss, optax.sgd(0.1), 2))(PARAMS, several[0])
     assert_close(each[0], plain, 1e-5)
-    together, _ = fj.over_tasks(fj.fomaml(fj.matmul_convolutions(image_loss), optax.sgd(0.1), 2))(
-        PARAMS, fj.uneven.stack_tasks(several)
-    )
+    per_task = fj.fomaml(fj.matmul_convolutions(image_loss), optax.sgd(0.1), 2)
+    together, _ = jax.jit(fj.over_tasks(per_task))(PARAMS, fj.uneven.stack_tasks(several))
     assert_close(together, jax.tree.map(lambda *g: sum(g) / 3, *each), 1e-5)
 
 
@@ -95,7 +94,7 @@ def test_the_mean_over_tasks_by_weight(tasks_at_once):
         tasks_at_once=tasks_at_once,
         task_weight=lambda task: task.query["count"],
     )
-    grads, info = over_tasks(jnp.zeros(2), fj.Task(batch, batch))
+    grads, info = jax.jit(over_tasks)(jnp.zeros(2), fj.Task(batch, batch))
     each = -centres / 2
     expected = (each[0] + 2 * each[2] + 5 * each[4]) / 8
     assert_close(grads, expected)
