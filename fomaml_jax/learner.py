@@ -1,5 +1,6 @@
 """The outer step: one optimizer step on the shared parameters, as an optax-like pair."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def meta_learner(
         optimizer: any optax transformation. One that needs the loss (a plateau schedule, Polyak
             steps) is given `value` and `grad`; a line search, which asks for new values of the
             loss, can be an inner optimizer only. For a `WithState` wrap it in `with_state`: a plain
-            one would take the state for parameters.
+            one would take the state for parameters, which is warned of.
 
     Returns:
         A `MetaLearner`. A step whose tasks are all left out counts, and moves nothing: neither
@@ -196,9 +197,26 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
     def init(params: Params) -> MetaState:
         refusals.check_params(params)
         params = jax.tree.map(jnp.asarray, params)
-        return MetaState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        opt_state = optimizer.init(params)
+        shared = params.params if isinstance(params, WithRates) else params
+        if isinstance(shared, WithState) and not _tells_apart(opt_state):
+            warnings.warn(
+                "this outer optimizer takes the state of a WithState for parameters: wrap it in "
+                "fj.with_state",
+                stacklevel=2,
+            )
+        return MetaState(params, opt_state, jnp.zeros((), jnp.int32))
 
     return init
+
+
+def _tells_apart(opt_state: optax.OptState) -> bool:
+    """Whether some optimizer in it is for a part of the parameters alone."""
+
+    def is_parted(node: Any) -> bool:
+        return isinstance(node, optax.PartitionState | optax.MaskedState)
+
+    return any(map(is_parted, jax.tree.leaves(opt_state, is_leaf=is_parted)))
 
 
 def with_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

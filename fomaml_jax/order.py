@@ -12,6 +12,7 @@ from fomaml_jax.adaptation import adapt
 from fomaml_jax.dtypes import widened
 from fomaml_jax.meta_gradients import fomaml, maml
 from fomaml_jax.parallel import together
+from fomaml_jax.trainable import Trainable, merge, split
 from fomaml_jax.types import LossFn, Params, Task
 
 
@@ -46,6 +47,7 @@ def check_order(
     meta_gradient: Any = None,
     *,
     has_aux: bool = False,
+    trainable: Trainable | None = None,
     tolerance: float = 1e-3,
 ) -> Order:
     """Says whether a meta-gradient is first order, second order or neither.
@@ -63,6 +65,7 @@ def check_order(
             `(grads, info)`; gradients of the structure of `params`, from anywhere; or nothing, for
             `fomaml` of these arguments.
         has_aux: whether `loss_fn` returns a pair.
+        trainable: which leaves the inner loop adapts, as for `fomaml`.
         tolerance: the largest relative distance that counts as agreement. In float32, sums in
             another order differ by about 1e-6 and a different algorithm by about 1e-2.
 
@@ -90,31 +93,40 @@ def check_order(
     loss = refusals.checked_loss(loss_fn, has_aux)
     params = jax.tree.map(jnp.asarray, params)
     if meta_gradient is None:
-        meta_gradient = fomaml(loss_fn, optimizer, num_steps, has_aux=has_aux)
+        meta_gradient = fomaml(loss_fn, optimizer, num_steps, has_aux=has_aux, trainable=trainable)
     given = meta_gradient(params, task) if callable(meta_gradient) else meta_gradient
     # `(grads, info)`, as algorithms here return, is told from gradients by their structure.
     if jax.tree.structure(given) != jax.tree.structure(params) and isinstance(given, tuple):
         given = given[0]
     refusals.check_like_params("meta_gradient", given, params)
 
-    def after_adaptation(params, stop):
+    def after_adaptation(params, task, stop):
+        theta, frozen = split(True if trainable is None else trainable, params)
+
+        def of_support(theta):
+            return loss(merge(theta, frozen), task.support)[0]
+
         extra = optax.with_extra_args_support(optimizer)
-        theta, state = params, extra.init(stop(params))
+        state = extra.init(stop(theta))
         for _ in range(num_steps):
-            (value, _), grads = jax.value_and_grad(loss, has_aux=True)(theta, task.support)
+            value, grads = jax.value_and_grad(of_support)(theta)
             updates, state = extra.update(
                 stop(grads),
                 state,
                 stop(theta),
                 value=stop(value),
                 grad=stop(grads),
-                value_fn=lambda theta: loss(theta, task.support)[0],
+                value_fn=of_support,
             )
             theta = optax.apply_updates(theta, updates)
-        return loss(theta, task.query)[0]
+        return loss(merge(theta, frozen), task.query)[0]
 
-    first = jax.grad(after_adaptation)(params, jax.lax.stop_gradient)
-    second = jax.grad(after_adaptation)(params, lambda x: x)
+    @jax.jit
+    def references(params, task):
+        stops = jax.lax.stop_gradient, lambda x: x
+        return [jax.grad(after_adaptation)(params, task, stop) for stop in stops]
+
+    first, second = references(params, task)
     to_first, to_second = (float(_distance(given, other)) for other in (first, second))
     agrees = (to_first <= tolerance, to_second <= tolerance)
     verdict = {
@@ -152,6 +164,7 @@ def diagnose(
     num_steps: int,
     *,
     has_aux: bool = False,
+    trainable: Trainable | None = None,
 ) -> Diagnosis:
     """Compares first- and second-order meta-gradients on a meta-batch.
 
@@ -165,6 +178,7 @@ def diagnose(
         optimizer: the inner optimizer.
         num_steps: inner steps, a Python int of at least 1.
         has_aux: whether `loss_fn` returns a pair.
+        trainable: as for `fomaml`.
 
     Returns:
         A `Diagnosis`. Wrap the call in `jax.jit` for speed.
@@ -181,10 +195,11 @@ def diagnose(
     refusals.check_task_axis(tasks)
     refusals.check_at_least("num_steps", num_steps, 1)
     loss = refusals.checked_loss(loss_fn, has_aux)
-    second_order = maml(loss_fn, optimizer, num_steps, has_aux=has_aux)
+    options = {"has_aux": has_aux, "trainable": trainable}
+    second_order = maml(loss_fn, optimizer, num_steps, **options)
 
     def one_task(task):
-        adapted, info = adapt(loss_fn, params, task.support, optimizer, num_steps, has_aux=has_aux)
+        adapted, info = adapt(loss_fn, params, task.support, optimizer, num_steps, **options)
         first, _ = jax.grad(loss, has_aux=True)(adapted, task.query)
         second, _ = second_order(params, task)
         after, _ = loss(adapted, task.support)

@@ -1,5 +1,7 @@
 """The proof of the order, and the diagnosis of how far the orders are apart."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,17 @@ def test_every_algorithm_is_recognised(verdict, optimizer):
     args = (network, params, one(tasks), optimizer(), 3)
     meta_gradient = ORDERS[verdict](network, optimizer(), 3)
     assert fj.check_order(*args, meta_gradient).verdict == verdict
+
+
+@pytest.mark.parametrize("verdict", ORDERS)
+def test_so_is_one_that_adapts_a_part(verdict):
+    params, tasks = network_problem(1)
+    head = lambda path: path in ("w2", "b2")
+    meta_gradient = ORDERS[verdict](network, optax.sgd(0.1), 3, trainable=head)
+    args = (network, params, one(tasks), optax.sgd(0.1), 3, meta_gradient)
+    assert fj.check_order(*args, trainable=head).verdict == verdict
+    assert fj.check_order(*args).verdict == "neither"
+    assert fj.check_order(*args[:-1], trainable=head).verdict == "first"
 
 
 def test_gradients_may_come_in_any_form():
@@ -50,13 +63,17 @@ def test_gradients_of_other_parameters_are_refused():
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_diagnosis_is_what_the_gradients_say():
+@pytest.mark.parametrize("part", [None, {"w1": False, "b1": False, "w2": True, "b2": True}])
+def test_the_diagnosis_is_what_the_gradients_say(part):
     params, tasks = network_problem(3)
-    report = jax.jit(lambda p, t: fj.diagnose(network, p, t, optax.sgd(0.1), 2))(params, tasks)
+    given = network, optax.sgd(0.1), 2
+    report = jax.jit(lambda p, t: fj.diagnose(network, p, t, optax.sgd(0.1), 2, trainable=part))(
+        params, tasks
+    )
     flat = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
     firsts, seconds = (
-        np.stack([flat(f(network, optax.sgd(0.1), 2)(params, one(tasks, i))[0]) for i in range(3)])
-        for f in (fj.fomaml, fj.maml)
+        np.stack([flat(f(params, one(tasks, i))[0]) for i in range(3)])
+        for f in (jax.jit(make(*given, trainable=part)) for make in (fj.fomaml, fj.maml))
     )
 
     def cosine(a, b):
@@ -66,11 +83,13 @@ def test_the_diagnosis_is_what_the_gradients_say():
     assert_close(report.mean_cosine, cosine(firsts.mean(0), seconds.mean(0)))
     norms = [np.linalg.norm(grads, axis=-1) for grads in (firsts, seconds)]
     assert_close(report.norm_ratio, norms[0] / norms[1])
-    after = [
-        [network(fj.adapt(network, params, one(tasks, i).support, optax.sgd(0.1), k)[0],
-                 one(tasks, i).support) for k in range(3)]
-        for i in range(3)
-    ]  # fmt: skip
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def loss_after(support, k):
+        adapted, _ = fj.adapt(network, params, support, optax.sgd(0.1), k, trainable=part)
+        return network(adapted, support)
+
+    after = [[loss_after(one(tasks, i).support, k) for k in range(3)] for i in range(3)]
     assert_close(report.support_drop, -np.diff(np.mean(after, 0)))
 
 

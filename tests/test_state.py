@@ -167,6 +167,17 @@ def test_with_state_takes_rates_too_and_tells_them_apart():
         fj.with_state(optax.sgd(0.1)).init(shared.params)
 
 
+@pytest.mark.parametrize("with_rates", [False, True])
+def test_a_plain_outer_optimizer_of_a_state_is_warned_of(with_rates):
+    shared, _ = problem(num_tasks=1)
+    shared = fj.WithRates(shared, jnp.ones(())) if with_rates else shared
+    over_tasks = fj.over_tasks(fj.fomaml(counting, optax.sgd(0.1), STEPS, has_state=True))
+    with pytest.warns(UserWarning, match=r"takes the state of a WithState for parameters: wrap it"):
+        fj.meta_learner(over_tasks, optax.sgd(0.1)).init(shared)
+    for outer in (fj.with_state(optax.sgd(0.1)), optax.chain(fj.with_state(optax.sgd(0.1)))):
+        fj.meta_learner(over_tasks, outer).init(shared)  # a warning would be an error
+
+
 def test_every_step_and_every_task_has_a_key_of_its_own():
     shared, tasks = problem(num_tasks=3)
 
