@@ -33,7 +33,8 @@ def test_the_readmes_python_runs_and_adapts():
 def test_the_readmes_commands_are_the_packages():
     text = (ROOT / "README.md").read_text()
     assert "pip install '.[cli]' && fomaml-jax train\n" in text
-    assert "pip install -e '.[test]' && python -m pytest -n auto -m \"not slow\"\n" in text
+    test = 'python -m pytest -n auto --dist loadfile -m "not slow"'
+    assert f"pip install -e '.[test]' && {test}\n" in text
 
 
 @pytest.mark.slow
