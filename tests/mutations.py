@@ -171,6 +171,20 @@ MUTATIONS = [
     Mutation(
         "order.py", "firsts, seconds = widened(firsts), widened(seconds)", "pass", "test_order.py"
     ),
+    Mutation(
+        "order.py",
+        "split(True if trainable is None else trainable, params)",
+        "split(True, params)",
+        "test_order.py",
+    ),
+    Mutation("streams.py", "* 2.0**-31", "* 2.0**-30", "test_streams.py"),
+    Mutation("learner.py", "not _tells_apart(opt_state)", "True", "test_state.py"),
+    Mutation(
+        "keeper.py",
+        """_check_identity(folder, notes["identity"], self.identity)""",
+        "pass",
+        "test_training_resumed.py",
+    ),
     Mutation("serial.py", "refusals.check_task(task)", "pass", "test_serial.py"),
 ]
 

@@ -209,6 +209,10 @@ def test_what_the_best_is_stays_what_it_was(tmp_path):
         train(**scored, resume=True)
     with pytest.raises(ValueError, match="validate was given, now not given"):
         train(**scored | {"validate": None}, resume=True)
+    unscored = scored | {"validate": None, "validate_every": None, "folder": tmp_path / "unscored"}
+    train(**unscored)
+    with pytest.raises(ValueError, match="validate was not given, now given"):
+        train(**unscored | {"validate": lambda params: 1.0}, resume=True)
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
