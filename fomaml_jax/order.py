@@ -100,8 +100,32 @@ def check_order(
         given = given[0]
     refusals.check_like_params("meta_gradient", given, params)
 
-    def after_adaptation(params, task, stop):
-        theta, frozen = split(True if trainable is None else trainable, params)
+    by_hand = _after_adaptation(
+        loss, optimizer, num_steps, True if trainable is None else trainable
+    )
+
+    @jax.jit
+    def references(params, task):
+        stops = jax.lax.stop_gradient, lambda x: x
+        return [jax.grad(by_hand)(params, task, stop) for stop in stops]
+
+    first, second = references(params, task)
+    to_first, to_second = (float(_distance(given, other)) for other in (first, second))
+    agrees = (to_first <= tolerance, to_second <= tolerance)
+    verdict = {
+        (True, True): "either",
+        (True, False): "first",
+        (False, True): "second",
+        (False, False): "neither",
+    }[agrees]
+    return Order(verdict, to_first, to_second)
+
+
+def _after_adaptation(loss, optimizer, num_steps, trainable):
+    """The query loss by an inner loop written out, `stop` on what first order takes as constant."""
+
+    def query_loss(params, task, stop):
+        theta, frozen = split(trainable, params)
 
         def of_support(theta):
             return loss(merge(theta, frozen), task.support)[0]
@@ -121,21 +145,7 @@ def check_order(
             theta = optax.apply_updates(theta, updates)
         return loss(merge(theta, frozen), task.query)[0]
 
-    @jax.jit
-    def references(params, task):
-        stops = jax.lax.stop_gradient, lambda x: x
-        return [jax.grad(after_adaptation)(params, task, stop) for stop in stops]
-
-    first, second = references(params, task)
-    to_first, to_second = (float(_distance(given, other)) for other in (first, second))
-    agrees = (to_first <= tolerance, to_second <= tolerance)
-    verdict = {
-        (True, True): "either",
-        (True, False): "first",
-        (False, True): "second",
-        (False, False): "neither",
-    }[agrees]
-    return Order(verdict, to_first, to_second)
+    return query_loss
 
 
 class Diagnosis(NamedTuple):

@@ -173,8 +173,8 @@ MUTATIONS = [
     ),
     Mutation(
         "order.py",
-        "split(True if trainable is None else trainable, params)",
-        "split(True, params)",
+        "theta, frozen = split(trainable, params)",
+        "theta, frozen = split(True, params)",
         "test_order.py",
     ),
     Mutation("streams.py", "* 2.0**-31", "* 2.0**-30", "test_streams.py"),
