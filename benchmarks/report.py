@@ -74,7 +74,8 @@ pip install -e ".[test,cli]"
 and, for the comparisons with PyTorch, PyTorch itself (into another environment, named by
 `--torch-python`, if you like). Times are medians of interleaved rounds with the extremes in
 brackets, in float32 unless said otherwise; compilation is apart. On CPU there is one JAX device a
-core unless the line above a table says otherwise, and PyTorch has a thread a core.
+core unless the line above a table says otherwise, and PyTorch has a thread a core. That line is of
+the last run, where rows were measured in several.
 """
 
 
