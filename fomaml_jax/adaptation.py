@@ -159,7 +159,7 @@ def inner_loop(
     optimizer = optax.with_extra_args_support(optimizer)
     objective = refusals.checked_loss(loss_fn, has_aux, has_state)
     params = varying(jax.tree.map(jnp.asarray, params), support, state, key)
-    adapted, frozen = split(True if trainable is None else trainable, params)
+    adapted, frozen = split(trainable, params)
 
     def merged(inner: InnerState) -> Params:
         return merge(inner.adapted, frozen)

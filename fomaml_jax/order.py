@@ -100,9 +100,7 @@ def check_order(
         given = given[0]
     refusals.check_like_params("meta_gradient", given, params)
 
-    by_hand = _after_adaptation(
-        loss, optimizer, num_steps, True if trainable is None else trainable
-    )
+    by_hand = _after_adaptation(loss, optimizer, num_steps, trainable)
 
     @jax.jit
     def references(params, task):

@@ -14,13 +14,13 @@ Trainable = Callable[[str], bool] | Any
 stand for all that is below it."""
 
 
-def split(trainable: Trainable, params: Params) -> tuple[Params, Params]:
-    """The adapted leaves and the frozen ones, each with `None` in the place of the others.
+def split(trainable: Trainable | None, params: Params) -> tuple[Params, Params]:
+    """The adapted leaves, all unless told, and the frozen ones: `None` in the place of the others.
 
     `None` is a pytree without leaves: an optimizer keeps no state for it, and `jax.grad` takes no
     derivative.
     """
-    chosen = jax.tree.leaves(_mask(trainable, params))
+    chosen = jax.tree.leaves(_mask(True if trainable is None else trainable, params))
     leaves, structure = jax.tree.flatten(params)
 
     def kept(choice):

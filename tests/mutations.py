@@ -181,7 +181,7 @@ MUTATIONS = [
     Mutation("learner.py", "not _tells_apart(opt_state)", "True", "test_state.py"),
     Mutation(
         "keeper.py",
-        """_check_identity(folder, notes["identity"], self.identity)""",
+        '_check_identity(folder, notes["identity"], self.identity)',
         "pass",
         "test_training_resumed.py",
     ),
