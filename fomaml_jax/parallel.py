@@ -251,9 +251,17 @@ def _warn_of_native_convolutions(meta_gradient: MetaGradient, params: Params, ta
     if jax.default_backend() != "cpu" or was_measured(meta_gradient):
         return
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
+    if not _may_hold_convolutions(params, one_task):
+        return
     if native_convolutions(jax.make_jaxpr(meta_gradient)(params, one_task)):
         warnings.warn(
             "this loss holds native convolutions, which are several times slower on CPU when "
             "batched over tasks or run in a loop: wrap it, matmul_convolutions(loss_fn)",
             stacklevel=4,
         )
+
+
+def _may_hold_convolutions(params: Params, task: Any) -> bool:
+    """A convolution's sides have three axes or more; what a sampler makes of a key is not seen."""
+    is_data = any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(task))
+    return not is_data or any(leaf.ndim >= 3 for leaf in jax.tree.leaves((params, task)))

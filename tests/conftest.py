@@ -128,20 +128,31 @@ def small_world(kept_compiles):
         yield
 
 
+@pytest.fixture(scope="session")
+def made_runs():
+    """Those that this worker has trained, for whatever module reads them: copy what you change."""
+    return {}
+
+
 @pytest.fixture(scope="module")
-def glyphs(small_world, tmp_path_factory):
+def glyphs(small_world, made_runs, tmp_path_factory):
     """A run of the default data set, into the default folder, with everything it draws."""
-    home = tmp_path_factory.mktemp("glyphs")
-    with contextlib.chdir(home):
-        run = call("train", *SMALL_GLYPHS)
-    assert run.code == 0, run.err
-    (folder,) = (home / "runs").iterdir()
-    return dataclasses.replace(run, folder=folder)
+    if "glyphs" not in made_runs:
+        home = tmp_path_factory.mktemp("glyphs")
+        with contextlib.chdir(home):
+            run = call("train", *SMALL_GLYPHS)
+        assert run.code == 0, run.err
+        (folder,) = (home / "runs").iterdir()
+        made_runs["glyphs"] = dataclasses.replace(run, folder=folder)
+    return made_runs["glyphs"]
 
 
 @pytest.fixture(scope="module")
-def sinusoid(small_world, tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("sinusoid"), "sinusoid", *TINY, "--eval-steps", "2")
+def sinusoid(small_world, made_runs, tmp_path_factory):
+    if "sinusoid" not in made_runs:
+        folder = tmp_path_factory.mktemp("sinusoid")
+        made_runs["sinusoid"] = trained(folder, "sinusoid", *TINY, "--eval-steps", "2")
+    return made_runs["sinusoid"]
 
 
 @pytest.fixture

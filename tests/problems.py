@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import fomaml_jax as fj
 
@@ -17,6 +18,16 @@ OPTIMIZERS = {
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
     "scheduled": lambda: optax.sgd(optax.piecewise_constant_schedule(0.1, {2: 0.5})),
 }
+
+
+def every(name, table, *quick):
+    """Runs a test on a whole table: on the rows named here, and with `-m slow` on the others."""
+    rows = [
+        pytest.param(value, id=key, marks=() if key in quick else pytest.mark.slow)
+        for key, value in table.items()
+    ]
+    assert len(quick) == sum(not row.marks for row in rows)
+    return pytest.mark.parametrize(name, rows)
 
 
 def quadratic(params, batch):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
-from problems import assert_close, network, network_problem, one
+from problems import assert_close, every, network, network_problem, one
 
 import fomaml_jax as fj
 
@@ -222,6 +222,13 @@ CASES = {
     ),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Their options are transformed, chunked and sharded no otherwise than they are.
+each_kind_of_case = every(
+    "case",
+    CASES,
+    *("FOMAML", "MAML", "Reptile", "ANIL", "multi-step FOMAML", "Meta-SGD"),
+    "FOMAML from a fresh head",
+)
 
 
 @pytest.mark.usefixtures("float64")
@@ -254,7 +261,7 @@ def test_structure_and_dtypes_are_kept(case):
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, shared)
 
 
-@cases
+@each_kind_of_case
 def test_works_under_every_transformation_and_compiles_once(case):
     chex.clear_trace_counter()
     params, tasks = network_problem(3)
@@ -269,7 +276,7 @@ def test_works_under_every_transformation_and_compiles_once(case):
 
 
 @pytest.mark.usefixtures("float64")
-@cases
+@each_kind_of_case
 def test_any_number_of_tasks_at_once_is_the_same(case):
     params, tasks = network_problem(5)
     shared, jitted = case.shared(params), jax.jit(case.make(network))
@@ -281,8 +288,8 @@ def test_any_number_of_tasks_at_once_is_the_same(case):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("check_vma", [True, False])
-@cases
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@each_kind_of_case
 def test_the_same_inside_of_a_shard_map_of_ones_own(case, check_vma):
     params, tasks = network_problem(4)
     shared, mesh = case.shared(params), jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))

@@ -364,7 +364,9 @@ def files_of_at_most(size):
 TRAIN = ("train", "sinusoid", *TINY, "--eval-steps", "2", "--checkpoint-every", "1")
 
 
-@pytest.mark.parametrize("size", [0, 100, 2_000, 25_000])
+@pytest.mark.parametrize(
+    "size", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 2_000)), 25_000]
+)
 def test_a_full_disk_loses_nothing(size, sinusoid, tmp_path):
     with files_of_at_most(size):
         stopped = call(*TRAIN, "--out", tmp_path / "run")

@@ -51,7 +51,7 @@ def assert_close(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize(("shape", "out_channels"), list(itertools.product(IMAGES, (4, 64))))
-@pytest.mark.parametrize("dilation", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("dilation", [(1, 1), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_every_form_agrees_with_the_native_convolution(shape, out_channels, dilation):
     def both(geometry):
         ours = functools.partial(convolve, geometry=geometry)

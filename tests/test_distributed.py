@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import paint_classes
+from problems import every
 
 SCALE = Path(__file__).with_name("scale.py")
 QUIET = os.environ | {"PYTHONWARNINGS": "ignore"}
@@ -143,7 +144,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("line", REFUSED)
+@every("line", {line: line for line in REFUSED}, "train --lost-after 5", "train --distributed")
 def test_what_several_processes_cannot_do_is_refused(line):
     code, said = ended(start(["-m", "fomaml_jax", *line.split()]))
     assert (code, said) == (2, f"fomaml-jax: {REFUSED[line]}\n")

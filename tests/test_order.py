@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import OPTIMIZERS, assert_close, network, network_problem, one
+from problems import OPTIMIZERS, assert_close, every, network, network_problem, one
 
 import fomaml_jax as fj
 
@@ -16,7 +16,7 @@ ORDERS = {"first": fj.fomaml, "second": fj.maml, "neither": fj.reptile}
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("verdict", ORDERS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@every("optimizer", OPTIMIZERS, "sgd", "adam")
 def test_every_algorithm_is_recognised(verdict, optimizer):
     params, tasks = network_problem(1)
     args = (network, params, one(tasks), optimizer(), 3)

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,6 +251,21 @@ def test_native_convolutions_are_warned_of_with_the_remedy():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fj.over_tasks(rewritten)(kernel, tasks)
+
+
+def test_so_are_those_of_pictures_that_a_sampler_makes_of_a_key():
+    kernel = jnp.ones((1, 1, 3, 3))
+    loss = lambda scale, images: convolutional_loss(scale * kernel, images)
+    images = jnp.ones((1, 1, 4, 4))
+    fomaml = fj.fomaml(loss, optax.sgd(0.1), 1)
+    composed = fj.over_tasks(lambda scale, key: fomaml(scale, fj.Task(images, images)))
+    with pytest.warns(UserWarning, match="holds native convolutions"):
+        composed(jnp.ones(()), fj.tasks.task_keys(jax.random.key(0), 0, 2))
+
+
+def test_where_none_can_be_nothing_is_traced_to_look_for_them():
+    params, tasks = network_problem(4)
+    jax.jit(fj.over_tasks(chex.assert_max_traces(FOMAML, 1)))(params, tasks)
 
 
 def test_weights_beyond_the_range_of_a_gradient_leave_it_finite():

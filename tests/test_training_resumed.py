@@ -19,7 +19,7 @@ import fomaml_jax as fj
 from fomaml_jax import checkpoints, training
 
 pytestmark = [
-    pytest.mark.usefixtures("standard_promotion"),
+    pytest.mark.usefixtures("standard_promotion", "kept_compiles"),
 ]
 
 
@@ -45,7 +45,7 @@ def assert_bitwise(found, expected):
 
 @pytest.mark.filterwarnings("ignore:.*has no checkpoint")
 @pytest.mark.parametrize(
-    "every", [pytest.param(1, marks=pytest.mark.slow), 5, datetime.timedelta(0)]
+    "every", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5)), datetime.timedelta(0)]
 )
 def test_a_killed_run_ends_where_it_would_have_ended(tmp_path, monkeypatch, every):
     whole = train(**RUN, folder=tmp_path / "whole")
