@@ -115,8 +115,8 @@ def test_sharded_leaves_out_the_same_tasks():
     params, tasks = network_problem(6)
     broken = jax.tree.map(lambda x: x.at[jnp.array([0, 1])].set(jnp.nan), tasks)
     mesh = jax.make_mesh((2,), ("tasks",))
-    grads, info = fj.over_tasks(FOMAML, mesh=mesh)(params, broken)
-    expected, _ = fj.over_tasks(FOMAML)(params, jax.tree.map(lambda x: x[2:], tasks))
+    grads, info = jax.jit(fj.over_tasks(FOMAML, mesh=mesh))(params, broken)
+    expected, _ = jax.jit(fj.over_tasks(FOMAML))(params, jax.tree.map(lambda x: x[2:], tasks))
     assert_close(grads, expected)
     assert info.finite.tolist() == [False, False, True, True, True, True]
 
@@ -129,8 +129,8 @@ def test_an_axis_of_ones_own_leaves_out_the_same_tasks(mapped):
     broken = jax.tree.map(lambda x: x.at[jnp.array([0, 1])].set(jnp.nan), tasks)
     split = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), broken)
     spread = mapped(fj.over_tasks(FOMAML, axis_name="mine"), axis_name="mine", in_axes=(None, 0))
-    grads, info = spread(params, split)
-    expected, _ = fj.over_tasks(FOMAML)(params, jax.tree.map(lambda x: x[2:], tasks))
+    grads, info = jax.jit(spread)(params, split)
+    expected, _ = jax.jit(fj.over_tasks(FOMAML))(params, jax.tree.map(lambda x: x[2:], tasks))
     for device in range(2):
         assert_close(one(grads, device), expected)
     assert info.finite.tolist() == [[False, False, True], [True, True, True]]
@@ -153,7 +153,7 @@ def test_the_outer_step_knows_the_losses_of_all_devices():
     mapped = jax.shard_map(
         loss_and_number, mesh=mesh, in_specs=(one, jax.P("tasks")), out_specs=one
     )
-    expected = whole.step(whole.init(params), broken)[1]
+    expected = jax.jit(whole.step)(whole.init(params), broken)[1]
     found = jax.jit(mapped)(whole.init(params), broken)
     assert_close(found, (expected.loss, expected.num_finite))
     assert int(found[1]) == 4
@@ -289,7 +289,7 @@ def test_a_weight_that_is_no_weight_leaves_its_task_out(wrong):
     tasks = tasks._replace(query=(tasks.query, jnp.array([[2.0], [wrong]])))
     per_task = lambda params, task: FOMAML(params, task._replace(query=task.query[0]))
     weighted = fj.over_tasks(per_task, task_weight=lambda task: task.query[1][0])
-    grads, info = weighted(params, tasks)
+    grads, info = jax.jit(weighted)(params, tasks)
     assert info.finite.tolist() == [True, False]
     assert_close(grads, per_task(params, one(tasks))[0], 1e-6)
 
@@ -299,5 +299,6 @@ def test_plain_numbers_beside_a_loss_come_from_every_plan(tasks_at_once):
     params, tasks = network_problem(3)
     loss = lambda params, batch: (network(params, batch), {"examples": len(batch[0])})
     per_task = fj.fomaml(loss, optax.sgd(0.1), 1, has_aux=True)
-    _, info = fj.over_tasks(per_task, tasks_at_once=tasks_at_once)(params, tasks)
+    over_tasks = fj.over_tasks(per_task, tasks_at_once=tasks_at_once)
+    _, info = jax.jit(over_tasks)(params, tasks)
     assert info.aux["examples"].tolist() == 3 * [len(one(tasks).query[0])]

@@ -187,9 +187,9 @@ def test_rates_are_learned_at_an_outer_rate_of_their_own():
     for schedule, last in (("cosine", 0.01), ("constant", 1.0)):
         chosen = dataclasses.replace(LEARNED, rate=0.5, schedule=schedule)
         optimizer = build(chosen).outer(10)
-        state = optimizer.init(built.params)
+        state, update = jax.jit(optimizer.init)(built.params), jax.jit(optimizer.update)
         for _ in range(11):
-            updates, state = optimizer.update(ones, state, built.params)
+            updates, state = update(ones, state, built.params)
         for x in jax.tree.leaves(updates.params):
             np.testing.assert_allclose(x, -0.5 * last, rtol=1e-3)
         for x in jax.tree.leaves(updates.rates):

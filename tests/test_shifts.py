@@ -159,7 +159,7 @@ def test_one_program_serves_every_strength():
 
 def test_shifts_come_in_turn_with_keys_of_their_own_and_leave_the_tasks():
     images = np.random.default_rng(0).integers(0, 256, (9, 8, SIZE, SIZE, 1), np.uint8)
-    episodes = fj.tasks.episodes(images, ways=WAYS, shots=1, queries=3)
+    episodes = jax.jit(fj.tasks.episodes(images, ways=WAYS, shots=1, queries=3))
     plain = episodes(KEY)
     equal(shifts.shifted(episodes)(KEY), plain)
     twice = shifts.shifted(episodes, shifts.noise(1.0), shifts.noise(1.0))(KEY)
@@ -168,7 +168,6 @@ def test_shifts_come_in_turn_with_keys_of_their_own_and_leave_the_tasks():
     in_turn = shifts.shifted(episodes, shifts.rotation(90), shifts.blur(2.0, of="query"))(KEY)
     expected = shifts.blur(2.0, of="query")(KEY, shifts.rotation(90)(KEY, plain))
     equal(in_turn, expected)
-    jax.jit(shifts.shifted(episodes, shifts.noise(1.0)))
     with jax.debug_key_reuse(True):
         jax.jit(shifts.shifted(episodes, shifts.noise(1.0), shifts.label_noise(0.2)))(KEY)
 
@@ -177,10 +176,14 @@ def test_the_keys_of_shifts_are_not_those_that_a_sampler_draws_with():
     taken = []
     shift = lambda key, task: taken.append(key) or task
     shifts.shifted(lambda key: TASK, shift, shift)(KEY)
-    used = [jax.random.key_data(key) for n in range(2, 30) for key in jax.random.split(KEY, n)]
-    mine = [jax.random.key_data(key) for key in taken]
-    assert len({key.tobytes() for key in map(np.asarray, mine)}) == 2
-    assert not {np.asarray(k).tobytes() for k in used} & {np.asarray(k).tobytes() for k in mine}
+    used = {
+        key.tobytes()
+        for n in range(2, 30)
+        for key in np.asarray(jax.random.key_data(jax.random.split(KEY, n)))
+    }
+    mine = {np.asarray(jax.random.key_data(key)).tobytes() for key in taken}
+    assert len(mine) == 2
+    assert not used & mine
 
 
 REFUSED = {

@@ -65,7 +65,7 @@ def test_every_step_can_have_a_state_of_its_own(name, slots):
     per_step = fj.WithState(shared.params, fj.PerStep.like(shared.state, slots))
     meta_gradient = ALGORITHMS[name](counting, optax.sgd(0.1), STEPS, has_state=True)
     grads, info = jax.jit(meta_gradient)(per_step, one(tasks))
-    plain, same = meta_gradient(shared, one(tasks))
+    plain, same = jax.jit(meta_gradient)(shared, one(tasks))
     assert_close(grads.params, plain.params, 1e-6)
     assert_close(info, same, 1e-6)
     support, query = (float(batch[0].sum()) for batch in one(tasks)[:2])
@@ -86,7 +86,7 @@ def test_a_query_loss_has_the_state_of_the_step_before_it():
     start = fj.WithState(shared.params, fj.PerStep(jnp.arange(float(STEPS)) * 100))
     for steps in range(1, STEPS + 1):
         meta_gradient = fj.fomaml(told, optax.sgd(0.1), steps, has_state=True)
-        given = meta_gradient(start, task)[1].aux
+        given = jax.jit(meta_gradient)(start, task)[1].aux
         assert_close(given, 100.0 * (steps - 1) + task.support[0].sum(), 1e-5)
 
 
@@ -113,8 +113,8 @@ def test_learned_rates_with_state():
     shared, tasks = problem()
     rates = fj.rates.like(shared.params, 0.1)
     stateful = fj.meta_sgd(counting, STEPS, has_state=True)
-    grads, info = stateful(fj.WithRates(shared, rates), one(tasks))
-    plain, same = fj.meta_sgd(network, STEPS)(
+    grads, info = jax.jit(stateful)(fj.WithRates(shared, rates), one(tasks))
+    plain, same = jax.jit(fj.meta_sgd(network, STEPS))(
         fj.WithRates(shared.params, rates), fj.Task(*one(tasks)[:2])
     )
     assert_close((grads.params.params, grads.rates), (plain.params, plain.rates), 1e-6)
@@ -134,7 +134,7 @@ def test_a_state_that_is_not_finite_leaves_its_task_out(name):
     shared, tasks = problem(num_tasks=2)
     tasks = tasks._replace(support=(tasks.support[0], tasks.support[1].at[1].set(7.0)))
     algorithm = ALGORITHMS[name](diverging, optax.sgd(0.01), 1, has_state=True)
-    grads, info = fj.over_tasks(algorithm)(shared, tasks)
+    grads, info = jax.jit(fj.over_tasks(algorithm))(shared, tasks)
     assert info.finite.tolist() == [True, False]
     assert jnp.isfinite(grads.state)
 
@@ -144,11 +144,11 @@ def test_with_state_takes_rates_too_and_tells_them_apart():
     shared, tasks = problem(num_tasks=2)
     start = fj.WithRates(shared, fj.rates.like(shared.params, 0.1))
     meta_gradient = fj.over_tasks(fj.meta_sgd(counting, STEPS, has_state=True))
-    (grads, _), both = meta_gradient(start, tasks), fj.WithRates("network", "rates")
+    (grads, _), both = jax.jit(meta_gradient)(start, tasks), fj.WithRates("network", "rates")
 
     def stepped(outer):
         learner = fj.meta_learner(meta_gradient, outer)
-        return learner.step(learner.init(start), tasks)[0].params
+        return jax.jit(learner.step)(learner.init(start), tasks)[0].params
 
     apart = {"network": optax.sgd(0.1), "rates": optax.sgd(0.01)}
     for outer in (
@@ -189,17 +189,20 @@ def test_every_step_and_every_task_has_a_key_of_its_own():
         meta_gradient = fj.fomaml(counting, optax.sgd(0.1), STEPS, has_state=True)
         return jnp.append(info.aux, meta_gradient(shared, task)[1].aux)
 
-    drawn = jax.vmap(of_task)(tasks)
+    drawn = jax.jit(jax.vmap(of_task))(tasks)
     assert len(set(drawn.ravel().tolist())) == 3 * (STEPS + 1)
-    np.testing.assert_array_equal(drawn[1], of_task(one(tasks, 1)))
+    np.testing.assert_array_equal(drawn[1], jax.jit(of_task)(one(tasks, 1)))
 
 
 def test_tasks_at_once_change_nothing():
     shared, tasks = problem(num_tasks=5)
     meta_gradient = fj.fomaml(counting, optax.sgd(0.1), STEPS, has_state=True)
-    reference, info = fj.over_tasks(meta_gradient, tasks_at_once=None)(shared, tasks)
-    for tasks_at_once in (1, 2):
-        grads, same = fj.over_tasks(meta_gradient, tasks_at_once=tasks_at_once)(shared, tasks)
+    over_tasks = [
+        jax.jit(fj.over_tasks(meta_gradient, tasks_at_once=size)) for size in (None, 1, 2)
+    ]
+    reference, info = over_tasks[0](shared, tasks)
+    for other in over_tasks[1:]:
+        grads, same = other(shared, tasks)
         assert_close(grads, reference, 1e-5)
         assert_close(same.aux, info.aux)
 

@@ -66,7 +66,8 @@ def test_padding_may_be_anything():
     images = np.ones((4, 5, 2))
     images[2, 3:] = np.nan
     counts = np.array([5, 5, 3, 5])
-    task = fj.tasks.episodes(images, ways=4, shots=1, queries=2, counts=counts)(jax.random.key(0))
+    sample_task = fj.tasks.episodes(images, ways=4, shots=1, queries=2, counts=counts)
+    task = jax.jit(sample_task)(jax.random.key(0))
     assert np.isfinite(task.query[0]).all()
 
 
@@ -241,4 +242,6 @@ def test_impossible_sinusoids_are_refused(options, message):
 def test_counts_may_be_a_list():
     few = fj.tasks.episodes(IMAGES, ways=2, shots=1, queries=1, counts=[2, 3, 2, 4, 2])
     many = fj.tasks.episodes(IMAGES, ways=2, shots=1, queries=1, counts=np.array([2, 3, 2, 4, 2]))
-    jax.tree.map(np.testing.assert_array_equal, *(f(jax.random.key(0)) for f in (few, many)))
+    jax.tree.map(
+        np.testing.assert_array_equal, *(jax.jit(f)(jax.random.key(0)) for f in (few, many))
+    )
