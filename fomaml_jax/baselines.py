@@ -1,6 +1,7 @@
 """What meta-learning has to beat, given the same data and as many gradient evaluations."""
 
 import dataclasses
+import math
 from typing import Protocol
 
 import jax
@@ -146,8 +147,8 @@ def joint_pretraining(
 
     def on_validation(factor: float) -> float:
         judgement = judged(factor, problem.validation, 200, jax.random.fold_in(key, 1))
-        score = float(judgement.mean[-1])
-        return score if problem.metric == "accuracy" else -score
+        score = float(judgement.mean[-1]) * (1 if problem.metric == "accuracy" else -1)
+        return -math.inf if math.isnan(score) else score
 
     best = max(FINE_TUNING_FACTORS, key=on_validation)
     return judged(best, problem.test, chosen.eval_tasks, key), best

@@ -173,8 +173,24 @@ def _shared_out(of_tasks: Callable[..., Any], mesh: Mesh, given: Any, num_tasks:
     return jax.tree.map(lambda x: x[:num_tasks], per_task)
 
 
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The share of examples whose greatest logit is their label's; NaN where a logit is NaN.
+
+    `argmax` takes NaN for the greatest, so that a network of nothing else would be right by chance.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> labels = jnp.array([0, 1])
+        >>> accuracy(jnp.array([[2.0, 1.0], [1.0, 0.0]]), labels).item()
+        0.5
+        >>> accuracy(jnp.full((2, 2), jnp.nan), labels).item()
+        nan
+    """
+    return jnp.where(jnp.isnan(logits).any(), jnp.nan, jnp.mean(logits.argmax(-1) == labels))
+
+
 def paired_difference(one: Evaluation, other: Evaluation) -> Evaluation:
-    """How much better one evaluation is than another of the same tasks, task by task.
+    """How far one evaluation is above another of the same tasks, task by task.
 
     Much of the variance is that of the tasks, and the difference has none of it: its interval is
     narrower than either's.

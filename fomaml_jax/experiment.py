@@ -228,9 +228,15 @@ def meta_train(
         num_tasks=VALIDATION_TASKS,
     )
 
+    sign = 1 if problem.metric == "accuracy" else -1
+    rows = runs.read_metrics(folder) if resume else []
+    scores = [sign * row["validation"] for row in rows if "validation" in row]
+
     def follow(row: dict[str, Any], params: Params) -> None:
         if "validation" in row:
-            runs.save_parameters(folder, params)
+            scores.append(sign * row["validation"])
+            if chosen.patience is None or scores[-1] >= np.nanmax([*scores, -np.inf]):
+                runs.save_parameters(folder, params)
             runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
         if chosen.tensorboard and processes.is_first():
             if not boards:  # rows that a killed run had written beyond this one are purged
@@ -254,7 +260,8 @@ def meta_train(
                 resume=resume,
             )
         except DivergedError as error:
-            runs.save_parameters(folder, error.trained.state.params)
+            last_and_best = error.trained.state.params, error.trained.best
+            runs.save_parameters(folder, last_and_best[chosen.patience is not None])
             runs.write_json(folder / runs.DIVERGED, {"advice": str(error)})
             raise
 

@@ -45,7 +45,7 @@ def warn_of_infinite_curvature(optimizer: optax.GradientTransformation, params: 
             "this inner optimizer has an infinite derivative where a gradient is exactly zero, "
             "which makes second-order meta-gradients NaN: pass eps_root (optax.adam(rate, "
             "eps_root=1e-8)), use optax.sgd inside, or use fomaml",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

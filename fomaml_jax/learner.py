@@ -197,7 +197,10 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
     def init(params: Params) -> MetaState:
         refusals.check_params(params)
         params = jax.tree.map(jnp.asarray, params)
-        opt_state = optimizer.init(params)
+        # Copied: some keep the parameters themselves, and a buffer cannot be donated twice.
+        opt_state = jax.tree.map(
+            lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, optimizer.init(params)
+        )
         shared = params.params if isinstance(params, WithRates) else params
         if isinstance(shared, WithState) and not _tells_apart(opt_state):
             warnings.warn(

@@ -154,19 +154,20 @@ def query_gradients(
         return value, (grads, state, _task_info(value, seen, grads, aux))
 
     def judged_step(carry):
-        total, inner = carry
+        total, _, inner = carry
         weight = weights[inner.step]
         inner, info = step(inner)
         more, state, aux = judge(inner)
         total = jax.tree.map(lambda t, m: t + weight.astype(m.dtype) * m, total, more)
-        return (total, inner), (info, more[0], state, aux)
+        return (total, (more[0], state, aux), inner), info
 
-    shapes = jax.eval_shape(lambda inner: judge(inner)[0], start)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    ((value, grads), _), path = repeat(judged_step, (nothing, start), num_steps, unroll)
-    seen, values, states, auxes = path
-    info = _task_info(values[-1], seen, grads, _last(auxes))
-    return value, (grads, _last(states), info)
+    # The last ones are carried: stacked, they would take memory for every step.
+    shapes = jax.eval_shape(judge, start)
+    (value, grads), state, aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    carry = (value, grads), (value, state, aux), start
+    ((value, grads), last, _), seen = repeat(judged_step, carry, num_steps, unroll)
+    last_value, state, aux = last
+    return value, (grads, state, _task_info(last_value, seen, grads, aux))
 
 
 @jax.custom_jvp
@@ -216,7 +217,7 @@ def maml(
         step_weights: as for `fomaml`: the meta-gradient of the weighted sum of query losses.
         remat: whether to compute every inner step again for the backward pass instead of keeping
             what it computed: parameters and optimizer state alone are kept for each step.
-        has_state: as for `fomaml`; the state itself is not differentiated.
+        has_state: as for `fomaml`; what a state was computed from is differentiated, too.
 
     Returns:
         A function `(params, task) -> (grads, TaskInfo)`; it raises as `adapt` does.

@@ -1,5 +1,6 @@
 """Is a meta-gradient first order? By comparison with both, and by how far the two are apart."""
 
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -74,7 +75,8 @@ def check_order(
 
     Raises:
         TypeError: for an optimizer that is not one.
-        ValueError: for gradients of another structure, a negative number of steps.
+        ValueError: for gradients of another structure, a negative number of steps, a task whose
+            gradients are not finite.
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
@@ -109,6 +111,11 @@ def check_order(
 
     first, second = references(params, task)
     to_first, to_second = (float(_distance(given, other)) for other in (first, second))
+    if not (math.isfinite(to_first) and math.isfinite(to_second)):
+        raise ValueError(
+            "task has a loss or gradients that are not finite, which are of no order; pass another "
+            "task, or clip the inner gradients"
+        )
     agrees = (to_first <= tolerance, to_second <= tolerance)
     verdict = {
         (True, True): "either",

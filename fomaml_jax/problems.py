@@ -16,7 +16,7 @@ from fomaml_jax.adaptation import adapt
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE, beside_support, one_at_a_time
 from fomaml_jax.datasets import GroupSplits, ImageClasses, Splits, Table
 from fomaml_jax.devices import every_device
-from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on
+from fomaml_jax.evaluation import Evaluation, accuracy, evaluate, evaluate_on
 from fomaml_jax.heads import HEAD, fresh_head
 from fomaml_jax.learned_rates import learned_rates
 from fomaml_jax.meta_gradients import fomaml
@@ -253,9 +253,9 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     if chosen.head == "zero":
         meta_gradient = in_every_form(meta_gradient, functools.partial(fresh_head, head=head))
 
-    def accuracy(params: Params, batch: Batch) -> jax.Array:
+    def judged(params: Params, batch: Batch) -> jax.Array:
         x, y = batch
-        return jnp.mean(predict(params, x).argmax(-1) == y)
+        return accuracy(predict(params, x), y)
 
     def unseen(name: str) -> TaskDistribution:
         return _episodes(
@@ -282,7 +282,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         start=lambda shared, _: classifiers.start_of(chosen, shared, head, chosen.ways),
         predict=predict,
         loss_fn=loss_fn,
-        metric_fn=accuracy,
+        metric_fn=judged,
         metric=options.metric_of(chosen),
         inner=lambda shared: classifiers.inner_of(chosen, shared, chosen.ways),
         meta_gradient=meta_gradient,

@@ -284,11 +284,7 @@ def check_mask(mask: Any, params: Params) -> None:
 
 def check_like_params(name: str, out: Any, params: Params) -> None:
     """Refuses what a function made of the parameters if it is not like them."""
-
-    def described(tree):
-        return jax.tree.map(lambda x: (np.shape(x), jnp.result_type(x)), tree)
-
-    if described(out) != described(params):
+    if _described(out) != _described(params):
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes that it was given; got "
             f"{jax.tree.map(jax.typeof, out)} for {jax.tree.map(jax.typeof, params)}"
@@ -314,7 +310,7 @@ def check_gradients(grads: Params, params: Params) -> None:
     """Refuses gradients that cannot be summed for the parameters; their precision may differ."""
 
     def described(tree):
-        return jax.tree.map(np.shape, tree)
+        return jax.tree.structure(tree), [np.shape(x) for x in jax.tree.leaves(tree)]
 
     is_real = [jnp.issubdtype(jnp.result_type(g), jnp.floating) for g in jax.tree.leaves(grads)]
     if not all(is_real) or described(grads) != described(params):
@@ -374,11 +370,7 @@ def check_arrays(name: str, tree: Any) -> None:
 
 def check_same_task(task: Any, first: Any) -> None:
     """Refuses a task of other structure, shapes or dtypes than the learner was made for."""
-
-    def described(tree):
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-    if described(task) != described(first):
+    if _described(task) != _described(first):
         raise ValueError(
             "task must have the structure, shapes and dtypes of the one that init was given; got "
             f"{jax.tree.map(jax.typeof, task)}, not {jax.tree.map(jax.typeof, first)} (for tasks "
@@ -389,10 +381,11 @@ def check_same_task(task: Any, first: Any) -> None:
 def check_same_kind(support: Any, query: Any) -> None:
     """Refuses support and query inputs that cannot stand in one batch."""
 
-    def described(tree):
-        return jax.tree.map(lambda x: (np.shape(x)[1:], jnp.result_type(x)), tree)
+    def of_an_example(tree):
+        structure, leaves = _described(tree)
+        return structure, [(shape[1:], dtype) for shape, dtype in leaves]
 
-    if described(support) != described(query):
+    if of_an_example(support) != of_an_example(query):
         raise ValueError(
             "support and query inputs must differ in nothing but their number of examples; got "
             f"{jax.tree.map(jax.typeof, support)} and {jax.tree.map(jax.typeof, query)}"
@@ -471,6 +464,12 @@ def check_range(name: str, value: tuple[float, float]) -> None:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def _described(tree: Any) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
+    """To be compared: a container of the caller's, rebuilt, need not be equal to another."""
+    leaves = [(np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
+    return jax.tree.structure(tree), leaves
 
 
 def _describe(x: Any) -> str:

@@ -14,7 +14,7 @@ from fomaml_jax.batch_statistics import beside_support, queries_of
 from fomaml_jax.classifiers import Classifier
 from fomaml_jax.datasets import ImageClasses
 from fomaml_jax.devices import every_device
-from fomaml_jax.evaluation import Evaluation, evaluate, paired_difference
+from fomaml_jax.evaluation import Evaluation, accuracy, evaluate, paired_difference
 from fomaml_jax.tasks import TaskDistribution, episodes
 from fomaml_jax.types import Batch, Params
 
@@ -198,12 +198,12 @@ def _contest(classifier: Classifier, ways: int) -> tuple[Callable[..., Any], Cal
     def metric_fn(adapted: dict[str, Any], query: Batch) -> dict[str, jax.Array]:
         x, y = query
         params, means = adapted[FEATURES]
-        labels = {
-            ADAPTED: classifier.predict(adapted[ADAPTED], x).argmax(-1),
-            FEATURES: nearest(means, dataclasses.replace(classifier, params=params).features(x)),
-            PIXELS: nearest(adapted[PIXELS], queries_of(x)),
+        features = dataclasses.replace(classifier, params=params).features(x)
+        return {
+            ADAPTED: accuracy(classifier.predict(adapted[ADAPTED], x), y),
+            FEATURES: jnp.mean(nearest(means, features) == y),
+            PIXELS: jnp.mean(nearest(adapted[PIXELS], queries_of(x)) == y),
         }
-        return {name: jnp.mean(found == y) for name, found in labels.items()}
 
     return adapt_fn, metric_fn
 

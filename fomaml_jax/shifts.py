@@ -1,7 +1,7 @@
 """Shifts of the test distribution: pure functions that change a task, `(key, Task) -> Task`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -232,9 +232,8 @@ def class_imbalance(
                 f"counts ask for {np.max(counts)} examples of a class, but {len(counts)} classes "
                 f"have {len(y)} support examples in all"
             )
-        classes = len(counts) if isinstance(y, Tracer) else int(np.asarray(y).max()) + 1
-        if classes != len(counts):
-            raise ValueError(f"counts must be one a class, of {classes}, got {len(counts)}")
+        if not isinstance(y, Tracer):
+            _check_classes(np.bincount(np.asarray(y)), counts)
         x, y = jnp.asarray(x), jnp.asarray(y)  # only now: under `jit` labels of NumPy are traced
         kept = jax.random.permutation(key, jnp.asarray(counts))
         same = y[:, None] == y[None, :]
@@ -244,6 +243,16 @@ def class_imbalance(
         return task._replace(support=(x[stay], y[stay]))
 
     return thin_out
+
+
+def _check_classes(there: np.ndarray, counts: Any) -> None:
+    if len(there) != len(counts):
+        raise ValueError(f"counts must be one a class, of {len(there)}, got {len(counts)}")
+    if not isinstance(counts, Tracer) and there.min() < np.max(counts):
+        raise ValueError(
+            f"counts ask for {np.max(counts)} examples of a class, but class {there.argmin()} has "
+            f"{there.min()} support examples"
+        )
 
 
 def uneven_counts(ways: int, most: int, steepness: Strength) -> jax.Array:
@@ -271,8 +280,9 @@ def uneven_counts(ways: int, most: int, steepness: Strength) -> jax.Array:
     if most % 2 == 0:
         raise ValueError(f"most must be odd, so that there is a middle, got {most}")
     half = (most - 1) // 2
-    place = jnp.clip(steepness * jnp.linspace(-1.0, 1.0, ways), -1.0, 1.0)
-    return (half + 1 + jnp.round(half * place)).astype(jnp.int32)  # ties to even: symmetric
+    # To the bit minus itself backwards, and ties go to even: the sum is that of the middle.
+    place = jnp.clip(steepness * (jnp.arange(1 - ways, ways, 2) / (ways - 1)), -1.0, 1.0)
+    return (half + 1 + jnp.round(half * place)).astype(jnp.int32)
 
 
 NAMED: Mapping[str, Callable[[Strength], Shift]] = {

@@ -33,6 +33,7 @@ def starting_from(
         `meta_gradient`.
 
     Raises:
+        TypeError: for a `prepare` that is no function, or what is no `Task`.
         ValueError: where `prepare` returns another structure, shape or dtype.
 
     Example:
@@ -50,9 +51,11 @@ def starting_from(
         Triantafillou et al., `Meta-Dataset <https://arxiv.org/abs/1903.03096>`_ (ProtoMAML), 2020;
         Zintgraf et al., `CAVIA <https://arxiv.org/abs/1810.03642>`_, 2019.
     """
+    refusals.check_function("prepare", prepare, "(params, support) -> params")
 
     def prepared(meta_gradient: MetaGradient) -> MetaGradient:
         def prepared_meta_gradient(params: Params, task: Task) -> tuple[Params, TaskInfo]:
+            refusals.check_task(task)
             refusals.check_params(params)
             params = varying(jax.tree.map(jnp.asarray, params), task)
             start, back = jax.vjp(lambda params: prepare(params, task.support), params)
@@ -71,7 +74,8 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
 
     With the mean :math:`c_k` of the features of class :math:`k`, its weights are :math:`2 c_k` and
     its bias :math:`-\|c_k\|^2`: the logits are minus the squared distances, up to what all
-    classes share. The gradient is stopped, as in first-order ProtoMAML.
+    classes share. They are constants here: no gradient flows through the means into what the
+    features were computed from, where the authors' own code lets it flow.
 
     Args:
         features: `[examples, features]`.

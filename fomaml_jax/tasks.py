@@ -405,8 +405,11 @@ def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
 def _check_finite(images: jax.Array | np.ndarray, counts: jax.Array | np.ndarray | None) -> None:
     if not jnp.issubdtype(images.dtype, jnp.inexact) or isinstance(images, Tracer):
         return
-    if isinstance(images, np.ndarray):  # class by class: without a second array of that size
-        finite = np.array([np.isfinite(c).reshape(len(c), -1).all(-1) for c in images])
+    if isinstance(images, np.ndarray):
+        kept = jax.dtypes.canonicalize_dtype(images.dtype)  # what is beyond it is infinite there
+        with np.errstate(over="ignore"):  # class by class: without a second array of that size
+            each = (np.isfinite(c.astype(kept, copy=False)) for c in images)
+            finite = np.array([of_class.reshape(len(of_class), -1).all(-1) for of_class in each])
     elif images.is_fully_addressable:
         with jax.ensure_compile_time_eval():
             each = jnp.isfinite(images).reshape(*images.shape[:2], -1).all(-1)

@@ -318,20 +318,29 @@ class _Loop:
 
         Then it may be this one that has diverged, and the same steps are taken again.
         """
-        self.keeper.save(self.history if self.history.is_sound else self.good)
+        self._save_or_go_back(self.history)
 
     def save_what_there_was(self) -> None:
         """Saves the state before the step that went wrong, if the disk lets it."""
         if self.latest.step:
             with contextlib.suppress(OSError):
-                self.keeper.save(self.latest if self.latest.is_sound else self.good)
+                self._save_or_go_back(self.latest)
+
+    def _save_or_go_back(self, history: History) -> None:
+        if history.is_sound:
+            self.keeper.save(history)
+        else:
+            self._keep_good()
 
     def go_back(self) -> None:
         """Keeps the last good state alone, of what was saved before the run was seen to diverge."""
         with contextlib.suppress(OSError):
-            if self.good.step:
-                self.keeper.save(self.good)
-            self.keeper.forget_after(self.good.step)
+            self._keep_good()
+
+    def _keep_good(self) -> None:
+        if self.good.step:
+            self.keeper.save(self.good)
+        self.keeper.forget_after(self.good.step)
 
 
 def _trained(history: History, why: Why) -> Trained:

@@ -115,7 +115,7 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     dtype = values.dtype if is_float else jnp.float32
     wide = accumulator(dtype)
     weights = weights.astype(wide)
-    each = values.astype(wide).reshape(values.shape[0], -1).mean(1)
+    each = values.astype(wide).mean(tuple(range(1, np.ndim(values))))
     total = weights.sum()
     # Not by the product alone: zero times NaN is NaN.
     each = jnp.where(weights > 0, each, jnp.zeros_like(each))

@@ -56,4 +56,4 @@ def was_measured(meta_gradient: MetaGradient) -> bool:
     return getattr(meta_gradient, _MEASURED, lambda: None)() is meta_gradient
 
 
-_NAME, _MEASURED = "variants", "measured"
+_NAME, _MEASURED = "_fomaml_jax_variants", "_fomaml_jax_measured"

@@ -186,6 +186,27 @@ MUTATIONS = [
         "test_training_resumed.py",
     ),
     Mutation("serial.py", "refusals.check_task(task)", "pass", "test_serial.py"),
+    Mutation(
+        "training.py",
+        "            self._keep_good()\n\n    def go_back",
+        "            self.keeper.save(self.good)\n\n    def go_back",
+        "test_training_resumed.py",
+    ),
+    Mutation(
+        "shifts.py",
+        "jnp.arange(1 - ways, ways, 2) / (ways - 1)",
+        "jnp.linspace(-1.0, 1.0, ways)",
+        "test_shifts.py",
+    ),
+    Mutation("experiment.py", "chosen.patience is None or", "True or", "test_cli_resume.py"),
+    Mutation("parallel.py", "not is_data or any", "any", "test_parallel.py"),
+    Mutation("variants.py", '"_fomaml_jax_measured"', '"measured"', "test_parallel.py"),
+    Mutation(
+        "refusals.py",
+        "return jax.tree.structure(tree), leaves",
+        "return jax.tree.map(np.shape, tree), leaves",
+        "test_parallel.py",
+    ),
 ]
 
 

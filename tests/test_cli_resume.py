@@ -24,7 +24,7 @@ from command_line import (
 )
 from PIL import Image
 
-from fomaml_jax import baselines, checkpoints, datasets, experiment, problems, runs
+from fomaml_jax import baselines, checkpoints, datasets, experiment, options, problems, runs
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -349,6 +349,23 @@ def test_patience_and_minutes(tmp_path):
     assert longer.code == 0
     assert json.loads((tmp_path / "a/config.json").read_text())["minutes"] == 60
     assert json.loads((tmp_path / "a/result.json").read_text())["stopped"] == "finished"
+
+
+@pytest.mark.parametrize(("patience", "saved"), [(None, [1, 2, 3, 4]), (9, [1, 2, 2, 2])])
+def test_with_patience_the_best_so_far_is_what_is_there(tmp_path, monkeypatch, patience, saved):
+    found = []
+
+    def training_of(chosen, problem, key, *, on_report, **follow):
+        for step, error in enumerate((0.3, 0.1, np.nan, 0.2), 1):
+            on_report({"step": step, "validation": error}, {"w": np.float32(step)})
+            with np.load(tmp_path / runs.PARAMETERS) as file:
+                found.append(int(file["['w']"]))
+
+    monkeypatch.setattr(experiment, "training_of", training_of)
+    chosen = options.Sinusoid(patience=patience)
+    problem = problems.build(chosen)
+    experiment.meta_train(chosen, problem, tmp_path, experiment.Keys.of(0), resume=False)
+    assert found == saved
 
 
 def test_resuming_without_another_step_to_take_keeps_the_result(unfinished, monkeypatch):

@@ -11,10 +11,10 @@ from fomaml_jax.datasets import _framing, _image_file, few_pictures, omniglot
 from fomaml_jax.datasets._image_file import read_image
 
 
-def strokes(picture, folder, **how):
+def strokes(picture, folder, name="drawing.png", **how):
     """The grey levels that are read of one picture."""
     folder.mkdir(exist_ok=True)
-    picture.save(folder / "drawing.png")
+    picture.save(folder / name)
     return few_pictures(folder, **how).images[0, ..., 0].astype(float)
 
 
@@ -47,6 +47,12 @@ def test_place_and_size_on_the_paper_do_not_matter(left, top, side, drawing, tmp
     by_itself = strokes(drawing, tmp_path / "same")
     assert max(extent(by_itself)) in (16, 17, 18)  # 0.6 of 28
     assert alike(found, by_itself) > 0.9
+
+
+def test_a_photograph_is_read_as_exactly_as_its_like_in_another_format(drawing, tmp_path):
+    sheet = on_a_larger_sheet(drawing, 1500, 2100, 3000)
+    found = [strokes(sheet, tmp_path / end, f"drawing.{end}") for end in ("jpg", "png")]
+    assert alike(*found) > 0.98
 
 
 @pytest.mark.parametrize("width", [1, 3, 6, 12, 24])

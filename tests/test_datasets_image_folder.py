@@ -104,7 +104,7 @@ def test_a_class_called_train_is_a_class(seven):
 
 def test_shorter_classes_end_in_zeros(seven):
     for example in range(1, 4):
-        save(seven / "c002" / f"{example}.png", Image.new("RGB", (9, 9), "white"))
+        save(seven / "c002" / f"{example}.png", Image.new("RGB", (9 + example, 9), "white"))
     split = next(s for s in image_folder(seven, size=4) if "c002" in s.names)
     longest = split.names.index("c002")
     assert split.counts[longest] == split.images.shape[1] == 4
@@ -305,6 +305,13 @@ def test_a_picture_may_be_twice_in_a_split_and_in_two_if_asked(seven):
     given(train=3, test=3)(seven)
     shutil.copy(seven / "train" / "c000" / "0.png", seven / "train" / "c001" / "1.png")
     image_folder(seven, size=4)
+    twice = shutil.copy(seven / "test" / "c010" / "0.png", seven / "test" / "c010" / "1.png")
+    with pytest.raises(
+        ValueError, match=r"c010.0\.png and .*c010.1\.png are the same picture \(1 "
+    ):
+        image_folder(seven, size=4)
+    image_folder(seven, size=4, duplicates="keep")
+    twice.unlink()
     shutil.copy(seven / "train" / "c000" / "0.png", seven / "test" / "c010" / "1.png")
     with pytest.raises(ValueError, match="the same picture in two splits"):
         image_folder(seven, size=4)

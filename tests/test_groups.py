@@ -145,6 +145,11 @@ WRONG = {
         {},
         r"rows\[0, 1\] is not finite",
     ),
+    "a value beyond float32": (
+        (1e300 * X.astype(np.float64), COUNTS),
+        {},
+        r"rows\[0, .\] is not finite",
+    ),
     "a missing value": ((BROKEN, COUNTS), {}, r"rows\[0, 1\] is not finite \(3 rows in all\)"),
 }
 

@@ -89,6 +89,15 @@ def test_learns_what_a_quadratic_has_to_teach():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+def test_an_optimizer_that_keeps_the_parameters_can_be_donated():
+    params, tasks = network_problem(2)
+    learner = fj.meta_learner(META_GRADIENT, optax.contrib.prodigy(0.1))
+    step = jax.jit(learner.step, donate_argnums=0)
+    state, info = step(learner.init(params), tasks)
+    assert int(step(state, tasks)[1].num_finite) == int(info.num_finite) == 2
+
+
+@pytest.mark.usefixtures("standard_promotion")
 def test_an_outer_optimizer_that_needs_the_loss():
     """A plateau that nothing leaves must shrink the rate: it saw the loss."""
     params, tasks = network_problem(4)

@@ -166,8 +166,6 @@ def test_unrolling_changes_nothing(algorithm, unroll):
 @algorithms
 @pytest.mark.parametrize("broken", ["support", "query"])
 def test_a_diverged_task_says_so(algorithm, broken):
-    if algorithm is fj.reptile and broken == "query":
-        pytest.skip("Reptile's meta-gradient does not see the query batch")
     params, tasks = network_problem(1)
     task = one(tasks)
     task = task._replace(**{broken: jax.tree.map(lambda x: x * jnp.nan, getattr(task, broken))})
@@ -217,12 +215,22 @@ def test_one_number_of_steps_for_each_task():
 def test_memory_is_flat_in_the_steps_for_first_order_alone():
     params, tasks = network_problem(4, examples=64, width=128, dtype=jnp.float32)
 
+    def in_several_steps(loss_fn, optimizer, num_steps):
+        """With all that a loss can hand on."""
+
+        def large(params, batch):
+            return loss_fn(params, batch), jnp.outer(params["w1"][0], params["w1"][0])
+
+        weights = jnp.full(num_steps, 1 / num_steps)
+        return fj.fomaml(large, optimizer, num_steps, step_weights=weights, has_aux=True)
+
     def temporary_bytes(algorithm, num_steps):
         step = fj.over_tasks(algorithm(network, optax.sgd(0.01), num_steps), tasks_at_once=1)
         compiled = jax.jit(step).lower(params, tasks).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(fj.fomaml, 50) <= 1.05 * temporary_bytes(fj.fomaml, 1)
+    assert temporary_bytes(in_several_steps, 50) <= 1.05 * temporary_bytes(in_several_steps, 2)
     assert temporary_bytes(fj.maml, 50) > 3 * temporary_bytes(fj.maml, 1)
 
 
@@ -236,6 +244,9 @@ def test_second_order_through_adam_warns_unless_it_has_eps_root():
 
     with pytest.warns(UserWarning, match="eps_root"):
         run(optax.adam(0.05))
+    with pytest.warns(UserWarning, match="eps_root") as caught:
+        fj.maml(network, optax.adam(0.05), 1)(params, one(tasks))
+    assert caught[0].filename == __file__
     for optimizer in (optax.adam(0.05, eps_root=1e-8), optax.sgd(0.1), OPTIMIZERS["clipped"]()):
         run(optimizer)  # a warning would be an error
     jax.jit(lambda rate: run(optax.adam(rate, eps_root=1e-8)))(0.1)  # a rate that is traced

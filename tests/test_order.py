@@ -51,6 +51,14 @@ def test_the_librarys_own_is_first_order_and_says_so():
     assert order.to_first < 1e-5 < 1e-2 < order.to_second
 
 
+@pytest.mark.makes_nans
+def test_a_task_without_finite_gradients_is_of_no_order():
+    params, tasks = network_problem(1)
+    broken = jax.tree.map(lambda x: x * jnp.nan, one(tasks))
+    with pytest.raises(ValueError, match="task has a loss or gradients that are not finite"):
+        fj.check_order(network, params, broken, optax.sgd(0.1), 1)
+
+
 def test_without_steps_the_orders_are_one():
     params, tasks = network_problem(1)
     assert fj.check_order(network, params, one(tasks), optax.sgd(0.1), 0).verdict == "either"

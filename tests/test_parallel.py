@@ -263,6 +263,46 @@ def test_so_are_those_of_pictures_that_a_sampler_makes_of_a_key():
         composed(jnp.ones(()), fj.tasks.task_keys(jax.random.key(0), 0, 2))
 
 
+@jax.tree_util.register_pytree_node_class
+class Layer:
+    """Parameters whose class, as most, is equal to itself alone."""
+
+    def __init__(self, **named):
+        self.named = named
+
+    def tree_flatten(self):
+        return tuple(self.named.values()), tuple(self.named)
+
+    @classmethod
+    def tree_unflatten(cls, names, leaves):
+        return cls(**dict(zip(names, leaves, strict=True)))
+
+
+def test_parameters_may_be_of_a_class_without_equality():
+    params, tasks = network_problem(2)
+    loss, inner = lambda layer, batch: network(layer.named, batch), optax.sgd(0.1)
+    by_layer = fj.over_tasks(
+        fj.starting_from(lambda layer, support: layer, fj.fomaml(loss, inner, 3))
+    )
+    learner = fj.meta_learner(by_layer, optax.sgd(0.1))
+    grads, _ = jax.jit(by_layer)(Layer(**params), tasks)
+    expected, _ = jax.jit(fj.over_tasks(FOMAML))(params, tasks)
+    assert_close(grads.named, expected, 1e-6)
+    jax.jit(learner.step)(learner.init(Layer(**params)), tasks)
+    order = fj.check_order(loss, Layer(**params), one(tasks), inner, 1)
+    assert order.verdict == "first"
+
+
+def test_an_algorithm_may_have_attributes_of_its_own():
+    def algorithm(params, task):
+        return FOMAML(params, task)
+
+    vars(algorithm).update(measured=True, variants=[])
+    params, tasks = network_problem(2)
+    grads, _ = jax.jit(fj.over_tasks(algorithm))(params, tasks)
+    assert_close(grads, jax.jit(fj.over_tasks(FOMAML))(params, tasks)[0], 1e-6)
+
+
 def test_where_none_can_be_nothing_is_traced_to_look_for_them():
     params, tasks = network_problem(4)
     jax.jit(fj.over_tasks(chex.assert_max_traces(FOMAML, 1)))(params, tasks)

@@ -131,7 +131,7 @@ def test_class_imbalance_leaves_the_counts_and_whole_examples(counts):
     equal(shift(KEY, TASK).query, TASK.query)
 
 
-@pytest.mark.parametrize("ways", [2, 5, 20])
+@pytest.mark.parametrize("ways", [2, 4, 5, 20, 25])
 @pytest.mark.parametrize("most", [1, 5, 7])
 def test_uneven_counts_have_one_sum(ways, most):
     for steepness in (0.0, 0.3, 1.0, 2.0, 1e3):
@@ -285,3 +285,12 @@ def test_imbalance_of_arrays_of_numpy_under_jit():
     too_many = fj.shifts.class_imbalance([1] * (WAYS + 1))
     with pytest.raises(ValueError, match="counts must be one a class, of 5, got 6"):
         jax.jit(lambda key: too_many(key, task))(KEY)
+
+
+def test_imbalance_of_a_class_with_too_few_is_refused():
+    labels = jnp.array([0, 0, 0, 0, 0, 1])
+    task = fj.Task((jnp.zeros((6, 1)), labels), (jnp.zeros((6, 1)), labels))
+    with pytest.raises(
+        ValueError, match="ask for 3 examples of a class, but class 1 has 1 support"
+    ):
+        fj.shifts.class_imbalance([3, 3])(KEY, task)

@@ -107,6 +107,7 @@ def test_no_weight_at_all_is_a_zero_gradient():
     over_tasks = fj.over_tasks(fj.fomaml(loss, optax.sgd(0.1), 1), task_weight=lambda task: 0.0)
     assert (over_tasks(params, tasks)[0]["w1"] == 0).all()
     assert fj.uneven.weighted_mean(jnp.ones(2), jnp.zeros(2)) == 0
+    assert fj.uneven.weighted_mean(jnp.ones((0, 3)), jnp.ones(0)) == 0
 
 
 @pytest.mark.parametrize(

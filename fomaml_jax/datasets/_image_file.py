@@ -35,7 +35,7 @@ def read_image(file: Path, size: int, channels: int) -> tuple[np.ndarray, bytes]
     if not file.is_file():  # and not to be opened: a pipe would be waited for
         raise ValueError(f"{file} is not a file, expected a picture: remove or replace it")
     content = file.read_bytes()
-    image = _flat(_upright(content, file, size), file, _MODES[channels])
+    image = _flat(_upright(content, file, 2 * size), file, _MODES[channels])
     square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(square).reshape(size, size, channels), content
 
@@ -50,7 +50,7 @@ def read_strokes(file: Path, size: int, background: Background) -> tuple[np.ndar
         ValueError: for what is no picture, a tiny or an all too large one, or one without strokes.
         OSError: where the file cannot be read, which says nothing about what it is.
     """
-    grey = _flat(_upright(file.read_bytes(), file, size), file, "L")
+    grey = _flat(_upright(file.read_bytes(), file), file, "L")
     if round(size * min(grey.size) / max(grey.size)) < 1:
         raise ValueError(f"{file} is a strip of pixels: cut it nearer to a square")
     levels = _without_grain(grey, size)
@@ -119,12 +119,12 @@ def check_readable(file: Path) -> None:
         )
 
 
-def _upright(content: bytes, file: Path, size: int) -> Image.Image:
-    """The picture turned as its EXIF orientation says."""
+def _upright(content: bytes, file: Path, enough: int | None = None) -> Image.Image:
+    """The picture turned as its EXIF orientation says; its sides need be `enough` pixels."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            # Only JPEG minds: it decodes a large photograph straight to a few times what is needed.
-            image.draft(None, (2 * size, 2 * size))
+            if enough:  # only JPEG minds: it decodes a large photograph straight to about that
+                image.draft(None, (enough, enough))
             return ImageOps.exif_transpose(image)
     except MemoryError:
         raise

@@ -60,8 +60,9 @@ def image_folder(
         seed: of the deal.
         unreadable: what to do about a file that is no picture: "refuse" names the first, "skip"
             leaves all such files out, and warns.
-        duplicates: what to do about the same file in two splits, which would have a model judged on
-            what it was trained on: "refuse" names the first, "keep" does not look.
+        duplicates: what to do about the same file twice. In two splits, a model would be judged on
+            what it was trained on; in one class, an episode may give it as an example and ask for
+            it, too. "refuse" names the first, "keep" does not look.
 
     Returns:
         Images `[classes, examples, size, size, channels]` uint8. Classes are named as their
@@ -72,8 +73,9 @@ def image_folder(
         FileNotFoundError: a missing or empty folder, or no class folder.
         NotADirectoryError: `path` is a file.
         TypeError: `size` or `seed` is no whole number.
-        ValueError: too few classes, a class or a picture in two splits, a file that is no image, a
-            folder where an image should be, more than fits into memory, or an option out of range.
+        ValueError: too few classes, a class in two splits, a picture twice, a file that is no
+            image, a folder where an image should be, more than fits into memory, or an option out
+            of range.
 
     Warns:
         UserWarning: for files that were left out.
@@ -118,7 +120,7 @@ class _Read(NamedTuple):
     """A split, the digest of every picture in it, and what was left out."""
 
     images: ImageClasses
-    digests: dict[str, Path]
+    digests: dict[str, list[Path]]
     left_out: list[ValueError]
 
 
@@ -146,7 +148,9 @@ def _read_classes(files: Files, size: int, channels: int, skip: bool) -> _Read:
     left_out = [one for one in found if isinstance(one, ValueError)]
     if left_out:
         images, counts = _closed_up(images, is_read, files)
-    digests = dict(one for one in found if not isinstance(one, ValueError))
+    digests: dict[str, list[Path]] = {}
+    for digest, file in (one for one in found if not isinstance(one, ValueError)):
+        digests.setdefault(digest, []).append(file)
     return _Read(ImageClasses(images, counts, tuple(files)), digests, left_out)
 
 
@@ -165,20 +169,31 @@ def _closed_up(
     return images[:, : counts.max()], counts
 
 
-def _check_no_duplicates(splits: Sequence[Mapping[str, Path]]) -> None:
-    """Refuses the same picture, byte for byte, in two splits."""
-    pairs = [
-        (one[digest], other[digest])
+def _check_no_duplicates(splits: Sequence[Mapping[str, Sequence[Path]]]) -> None:
+    """Refuses the same picture, byte for byte, in two splits, or twice in a class."""
+    across = [
+        (one[digest][0], other[digest][0])
         for one, other in itertools.combinations(splits, 2)
         for digest in one.keys() & other.keys()
     ]
-    if pairs:
-        one, other = min(pairs)
-        raise ValueError(
-            f"{one} and {other} are the same picture in two splits ({len(pairs)} such in all), so "
-            "that a model would be judged on what it was trained on: remove one of each, or keep "
-            "them (duplicates='keep', --duplicates keep)"
-        )
+    of_one_class = [
+        (one, other)
+        for split in splits
+        for files in split.values()
+        for one, other in itertools.pairwise(files)  # sorted by class
+        if one.parent == other.parent
+    ]
+    for pairs, where, harm in (
+        (across, " in two splits", "a model would be judged on what it was trained on"),
+        (of_one_class, "", "an episode may give it as an example and ask for it, too"),
+    ):
+        if pairs:
+            one, other = min(pairs)
+            raise ValueError(
+                f"{one} and {other} are the same picture{where} ({len(pairs)} such in all), so "
+                f"that {harm}: remove one of each, or keep them (duplicates='keep', --duplicates "
+                "keep)"
+            )
 
 
 def _check_fits(splits: Sequence[Files], size: int, channels: int) -> None:
