@@ -247,10 +247,8 @@ def check_possible() -> None:
 def _checkpointer() -> Iterator[Any]:
     import orbax.checkpoint as ocp  # takes a second to import, and only runs with a folder need it
 
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)  # what goes wrong is raised, too
+    absl, before = logging.getLogger("absl"), logging.getLogger("absl").level
+    absl.setLevel(logging.CRITICAL)  # what goes wrong is raised, too
     me = jax.process_index()  # it reads and writes by itself, whatever other processes do
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
@@ -258,8 +256,7 @@ def _checkpointer() -> Iterator[Any]:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        absl.setLevel(before)
 
 
 def _steps(folder: Path) -> list[Path]:

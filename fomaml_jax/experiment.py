@@ -110,7 +110,7 @@ def _train(
         runs.check_unchanged(folder, described(problem))
     tuned = _tuned(chosen, problem, folder, keys, say, resume) if chosen.tune else problem
     trained = meta_train(chosen, tuned, folder, keys, resume)
-    params = trained.state.params if chosen.patience is None else trained.best
+    params = parameters_of(trained, chosen)
     runs.save_parameters(folder, params)
     if processes.is_first():
         (folder / runs.DIVERGED).unlink(missing_ok=True)
@@ -260,10 +260,14 @@ def meta_train(
                 resume=resume,
             )
         except DivergedError as error:
-            last_and_best = error.trained.state.params, error.trained.best
-            runs.save_parameters(folder, last_and_best[chosen.patience is not None])
+            runs.save_parameters(folder, parameters_of(error.trained, chosen))
             runs.write_json(folder / runs.DIVERGED, {"advice": str(error)})
             raise
+
+
+def parameters_of(trained: Trained, chosen: options.Options) -> Params:
+    """The last ones; with patience the best by validation."""
+    return trained.state.params if chosen.patience is None else trained.best
 
 
 def described(problem: Problem) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def _check_finite(name: str, leaf: Any, counts: np.ndarray) -> None:
         return
     real = np.arange(leaf.shape[1]) < counts[:, None]
     with np.errstate(over="ignore"):  # what is beyond the dtype that JAX keeps is infinite there
-        kept = np.asarray(leaf).astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+        kept = np.asarray(leaf).astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
     finite = np.isfinite(kept).reshape(*leaf.shape[:2], -1).all(-1)
     wrong = np.argwhere(real & ~finite)
     if len(wrong):

@@ -180,7 +180,7 @@ def _check_no_duplicates(splits: Sequence[Mapping[str, Sequence[Path]]]) -> None
         (one, other)
         for split in splits
         for files in split.values()
-        for one, other in itertools.pairwise(files)  # sorted by class
+        for one, other in itertools.pairwise(files)  # class after class
         if one.parent == other.parent
     ]
     for pairs, where, harm in (
