@@ -1,6 +1,8 @@
-"""What the update of an inner optimizer shows when it is traced: bad rates, infinite curvature."""
+"""What the traced update of an inner optimizer shows: bad rates, a derivative that is missing."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,6 +49,21 @@ def warn_of_infinite_curvature(optimizer: optax.GradientTransformation, params: 
             "eps_root=1e-8)), use optax.sgd inside, or use fomaml",
             stacklevel=3,
         )
+
+
+@contextlib.contextmanager
+def explaining_loops() -> Iterator[None]:
+    """Says what to do about an inner loop that JAX cannot differentiate."""
+    try:
+        yield
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
+        raise ValueError(
+            "second order differentiates through the inner loop, and the optimizer or the loss "
+            "holds a loop of no known length (lax.while_loop), such as the line search of "
+            "optax.lbfgs: use fomaml, or another optimizer"
+        ) from error
 
 
 def _update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> ClosedJaxpr:

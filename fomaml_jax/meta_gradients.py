@@ -220,7 +220,8 @@ def maml(
         has_state: as for `fomaml`; what a state was computed from is differentiated, too.
 
     Returns:
-        A function `(params, task) -> (grads, TaskInfo)`; it raises as `adapt` does.
+        A function `(params, task) -> (grads, TaskInfo)`; it raises as `adapt` does, and a
+        `ValueError` for an optimizer that searches along a line, which has no second derivative.
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
@@ -283,7 +284,8 @@ def maml(
             refusals.check_params(params)
             inner_updates.warn_of_infinite_curvature(optimizer, params)
             through = jax.value_and_grad(after_adaptation, has_aux=True)
-            (_, (value, seen, state, aux)), grads = through(params, task, of_task)
+            with inner_updates.explaining_loops():
+                (_, (value, seen, state, aux)), grads = through(params, task, of_task)
             info = _task_info(value, seen, grads, aux)
             return closed(grads, info, state, shared, has_state)
 

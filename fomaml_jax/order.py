@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import refusals
+from fomaml_jax import inner_updates, refusals
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.dtypes import widened
 from fomaml_jax.meta_gradients import fomaml, maml
@@ -76,7 +76,7 @@ def check_order(
     Raises:
         TypeError: for an optimizer that is not one.
         ValueError: for gradients of another structure, a negative number of steps, a task whose
-            gradients are not finite.
+            gradients are not finite, an optimizer that has no second derivative.
 
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
@@ -109,7 +109,8 @@ def check_order(
         stops = jax.lax.stop_gradient, lambda x: x
         return [jax.grad(by_hand)(params, task, stop) for stop in stops]
 
-    first, second = references(params, task)
+    with inner_updates.explaining_loops():
+        first, second = references(params, task)
     to_first, to_second = (float(_distance(given, other)) for other in (first, second))
     if not (math.isfinite(to_first) and math.isfinite(to_second)):
         raise ValueError(

@@ -51,6 +51,16 @@ def test_the_librarys_own_is_first_order_and_says_so():
     assert order.to_first < 1e-5 < 1e-2 < order.to_second
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_line_search_has_no_second_order_and_is_told_so():
+    params, tasks = network_problem(1)
+    inner = optax.lbfgs()
+    with pytest.raises(ValueError, match=r"such as the line search of optax\.lbfgs: use fomaml"):
+        fj.maml(network, inner, 1)(params, one(tasks))
+    with pytest.raises(ValueError, match="second order differentiates through the inner loop"):
+        fj.check_order(network, params, one(tasks), inner, 1)
+
+
 @pytest.mark.makes_nans
 def test_a_task_without_finite_gradients_is_of_no_order():
     params, tasks = network_problem(1)
