@@ -32,6 +32,7 @@ from command_line import (
     trained,
 )
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 
 from fomaml_jax import experiment, options, problems, runs
 
@@ -330,7 +331,7 @@ def test_a_folder_of_pictures_is_learned_and_evaluated_where_it_is_moved_to(tmp_
     assert not (moved / "shift").exists()
 
     (run.folder / "result.json").unlink()
-    shutil.copy(moved / "class 0" / "0.png", moved / "class 0" / "1.png")
+    Image.new("RGB", (10, 12), "white").save(moved / "class 0" / "1.png")
     before = everything(run.folder)
     refused = call("train", "--resume", run.folder, "--path", moved)
     assert refused.code == 2
