@@ -309,11 +309,12 @@ def checked_meta_gradient(out: Any) -> tuple[Params, TaskInfo]:
 def check_gradients(grads: Params, params: Params) -> None:
     """Refuses gradients that cannot be summed for the parameters; their precision may differ."""
 
-    def described(tree):
-        return jax.tree.structure(tree), [np.shape(x) for x in jax.tree.leaves(tree)]
+    def shapes(tree):
+        structure, leaves = _described(tree)
+        return structure, [shape for shape, _ in leaves]
 
     is_real = [jnp.issubdtype(jnp.result_type(g), jnp.floating) for g in jax.tree.leaves(grads)]
-    if not all(is_real) or described(grads) != described(params):
+    if not all(is_real) or shapes(grads) != shapes(params):
         raise ValueError(
             "meta_gradient must return floating-point gradients of the structure and shapes of "
             f"params; got {jax.tree.map(jax.typeof, grads)} for {jax.tree.map(jax.typeof, params)}"

@@ -74,7 +74,7 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
 
     With the mean :math:`c_k` of the features of class :math:`k`, its weights are :math:`2 c_k` and
     its bias :math:`-\|c_k\|^2`: the logits are minus the squared distances, up to what all
-    classes share. They are constants here: no gradient flows through the means into what the
+    classes share. Both are constants here: no gradient flows through the means into what the
     features were computed from, where the authors' own code lets it flow.
 
     Args:

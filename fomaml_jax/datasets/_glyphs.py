@@ -33,9 +33,8 @@ def glyphs(*, seed: int = 0, size: int = 28) -> Splits:
     example is drawn at its own size, tilt, slant and offset, as in a snapshot of print. The letters
     are those of all twelve faces that have no Unicode decomposition; of letters with the same shape
     in all faces the first in Unicode order stays, so Latin A does and Greek Alpha does not. Letters
-    that differ in some faces stay, too: of 11 of the 171 test classes four master drawings or more,
-    of twelve, are those of a letter to train on, as capital Gamma's in eight faces are the Cyrillic
-    Ghe's.
+    that differ in some faces stay, too: in the others a test letter may be drawn as a letter to
+    train on is, as capital Gamma and the Cyrillic Ghe are.
 
     The script is the split. `train` and `validation` are Latin and Cyrillic, 387 classes of which a
     fixed tenth is for validation; `test` is Greek, Armenian and Georgian, 171 classes. Digits and
