@@ -2,11 +2,12 @@
 
 Every row changes one thing, but for one that says two; the first changes none. All networks are
 half as wide as the recipe's and see as many tasks, a few, with an outer rate that falls over these
-(unless that is the change). They are judged on 20-way 1-shot tasks, transductively, five queries a
-class, of validation characters: test characters choose nothing here either. The steps of
-adaptation, one to three, are chosen on other tasks. A difference is to the first row, in points;
-its interval is over tasks, and the seeds' differences are in brackets: what differs less than these
-do says nothing. What helps in so short a training need not help in a long one.
+(unless either is the change). They are judged on 20-way 1-shot tasks, transductively, five queries
+a class, of validation characters: test characters choose nothing here either. The steps of
+adaptation, one to three, are chosen on other tasks. A difference is to the recipe with the same
+seeds (the first row is the mean of all), in points; its interval is over tasks, not paired, and the
+seeds' differences are in brackets: what differs less than these do says nothing. What helps in so
+short a training need not help in a long one.
 """
 
 import argparse
@@ -75,7 +76,7 @@ ABLATIONS = [
     Ablation("", "none"),
     Ablation("network", "strides instead of max-pooling", {"pooling": "stride"}),
     Ablation("network", "no more channels in the late blocks", {"widening": False}),
-    Ablation("network", "8 channels in the first block", {"width": 8}),
+    Ablation("network", "half as wide again", {"width": 8}),
     # In the last block a picture is one pixel: flattened and averaged are the same.
     Ablation("features", "of any norm", {"features": "flat"}, {(models, "LINEAR"): {"flat"}}),
     Ablation("features", "after a last ReLU", {}, {(models, "LINEAR"): ()}),

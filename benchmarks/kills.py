@@ -1,8 +1,8 @@
 """Kills a run with `kill -9` at random moments and resumes it each time: is the end the same?
 
 An uninterrupted run and a killed one of the same options are compared at the end: parameters,
-optimizer state, metrics and result, bit for bit. Some kills hit the start, some a step, some a
-checkpoint that is being written, which shows in what is left behind.
+optimizer state, metrics and result, bit for bit. A kill may hit the start, a step, or a checkpoint
+that is being written; the first and the last show in what is left behind, and are counted.
 """
 
 import argparse

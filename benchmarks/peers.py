@@ -5,8 +5,9 @@ over one JAX device a core, five outer steps a call, as `fj.train` takes them; i
 one. PyTorch runs in processes of its own with as many threads as there are cores (`pip install
 torch`, into this environment or the one of --torch-python), several of them in turn: one may take
 half as long again as another, for as long as it lives. Naive JAX is `vmap` of the same network with
-native convolutions. PyTorch and naive JAX take meta-gradients, without an outer update. A ratio is
-the median of those within a round; above 1 ours is faster.
+native convolutions, as JAX runs it by itself: on the first of the devices. PyTorch and naive JAX
+take meta-gradients, without an outer update. A ratio is the median of those within a round; above 1
+ours is faster.
 """
 
 import functools

@@ -68,14 +68,16 @@ Each is one script with `--help`, a table on the screen and JSON in `results/`. 
 written from that JSON by `python benchmarks/report.py`. Install with
 
 ```bash
-pip install -e ".[test,cli]"
+pip install -e ".[test,patients]"
 ```
 
 and, for the comparisons with PyTorch, PyTorch itself (into another environment, named by
-`--torch-python`, if you like). Times are medians of interleaved rounds with the extremes in
-brackets, in float32 unless said otherwise; compilation is apart. On CPU there is one JAX device a
-core unless the line above a table says otherwise, and PyTorch has a thread a core. That line is of
-the last run, where rows were measured in several.
+`--torch-python`, if you like). Where a section does not say otherwise, times are medians of
+interleaved rounds with the extremes in brackets, in float32, and compilation is apart. On CPU there
+is one JAX device a core unless the line above a table says otherwise, and PyTorch has a thread a
+core. Where rows were measured in several runs, that line is of the last.
+
+Scripts write over the results here: give `--out` to keep them.
 """
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import jax
 
 import fomaml_jax as fj
 from fomaml_jax import experiment, pictures, robustness, shift_pictures, shift_suite
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
     use_every_core()
-    out = asked.out or common.RESULTS / "shift-cpu.json"
+    out = asked.out or common.RESULTS / f"shift-{jax.devices()[0].platform}.json"
     classifier = fj.load_classifier(NETWORK)
     chosen = dataclasses.replace(classifier.chosen, eval_steps=asked.eval_steps)
     classifier = dataclasses.replace(classifier, chosen=chosen)

@@ -5,7 +5,8 @@ tasks a meta-batch, strides, 64 channels, batch statistics over each batch, a he
 zero in every task, Adam with a cosine decay, classes turned by 90 degrees as classes of their own.
 They are judged alike, on episodes of unseen characters, each turned at random; judging is not
 timed, nor is compilation, which has a column of its own, and with it the first report's steps of
-ours. They run one after the other.
+ours. They run one after the other, one seed each: where a curve is flat, the time to a mark is
+uncertain.
 """
 
 import argparse

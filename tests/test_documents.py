@@ -64,7 +64,7 @@ def test_the_stream_example(tmp_path):
 
 
 def test_the_stream_examples_result_has_meta_learning_ahead_on_every_stream():
-    result = json.loads((ROOT / "examples" / "stream.json").read_text())
+    result = json.loads((ROOT / "examples" / "results" / "stream.json").read_text())
     online, _, *others = result["ways"].values()
     assert len(others) == 4
     for way in others:

@@ -108,8 +108,10 @@ def test_a_short_run(name, tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / f"{name}.json").read_text())
-    assert result["models"]["meta-learned"]["mean"] > 0
+    models = json.loads((tmp_path / f"{name}.json").read_text())["models"]
+    assert models["meta-learned"]["mean"] < models["population model, not adapted"]["mean"]
+    assert {"patient's own mean", "ridge, shrunk offset"} < models.keys()
+    assert all(0 < model["mean"] < np.inf for model in models.values())
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 

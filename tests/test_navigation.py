@@ -198,6 +198,6 @@ def test_the_short_form_runs(tmp_path):
     assert "first-order MAML" in done.stdout
     found = json.loads((tmp_path / "navigation.json").read_text())["returns"]
     assert [len(found[name]) for name in found] == [4, 4, 1]
-    # At worst a hundred steps straight away from the goal.
-    assert all(-800 < step["mean"] < 0 for steps in found.values() for step in steps)
+    before, *_, after = (step["mean"] for step in found["first-order MAML"])
+    assert before < after < 0
     assert (tmp_path / "navigation.png").stat().st_size < 100_000
