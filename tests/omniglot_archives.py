@@ -40,3 +40,11 @@ def write_small(folder):
     for name in SMALL:
         write_zip(folder, name, small_members(name))
     return folder
+
+
+def assert_same(one, other):
+    """Two splits hold the same pictures."""
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a.images, b.images, strict=True)
+        np.testing.assert_array_equal(a.counts, b.counts, strict=True)
+        assert a.names == b.names

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolution_problems import array
 from jax import lax
 
 from fomaml_jax.convolution_primitives import Geometry, convolve
@@ -15,10 +16,6 @@ STRIDES = [(1, 1), (2, 1), (1, 2), (2, 2)]
 PADDINGS = [((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (-1, 3))]
 # Few and many channels, odd and even widths, less than a tile of examples and more than two.
 IMAGES = [(2, 6, 9, 3), (11, 7, 8, 9)]
-
-
-def array(*shape, seed=0, dtype=np.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def native(images, kernel, geometry):

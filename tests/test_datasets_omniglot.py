@@ -18,6 +18,7 @@ from omniglot_archives import (
     BACKGROUND,
     EVALUATION,
     SMALL,
+    assert_same,
     picture,
     small_members,
     write_small,
@@ -103,13 +104,6 @@ def copy_without(lost, source, target):
 
 
 # A small one of the same form.
-
-
-def assert_same(one, other):
-    for a, b in zip(one, other, strict=True):
-        np.testing.assert_array_equal(a.images, b.images)
-        np.testing.assert_array_equal(a.counts, b.counts)
-        assert a.names == b.names
 
 
 def decodes_again(*args):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omniglot_archives import assert_same
 
 from fomaml_jax.datasets import ImageClasses, Splits, _store
 
@@ -24,13 +25,6 @@ def build(seed=0):
 
 def must_not_build():
     raise AssertionError("built although it is in the cache")
-
-
-def assert_same(one, other):
-    for a, b in zip(one, other, strict=True):
-        np.testing.assert_array_equal(a.images, b.images, strict=True)
-        np.testing.assert_array_equal(a.counts, b.counts, strict=True)
-        assert a.names == b.names
 
 
 def only_file(folder):
