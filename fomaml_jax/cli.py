@@ -10,6 +10,9 @@ try:
     from fomaml_jax.devices import use_every_core
 except ModuleNotFoundError as missing:
     sys.exit(f'fomaml-jax needs {missing.name}: pip install "fomaml-jax[cli]"')
+except KeyboardInterrupt:  # imports take some seconds
+    print("fomaml-jax: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 USAGE = """usage: fomaml-jax train [glyphs|omniglot|sinusoid|folder|table] [options]
        fomaml-jax train --resume RUN

@@ -47,7 +47,8 @@ class Options:
     compare: bool = True
     """Also train and print the baselines."""
     minutes: float | None = None
-    """Training ends after so many minutes, if its steps are not done by then."""
+    """Training ends after so many minutes, those before it was resumed included, if its steps are
+    not done by then."""
     patience: int | None = None
     """Training ends after so many validations without an improvement (there are at most 20); the
     best parameters are then the result."""

@@ -1,6 +1,7 @@
 """A classifier on tasks unlike those it was trained on, and what adaptation adds there."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -154,10 +155,15 @@ def measure(
 
 
 def verdict(difference: Mapping[str, float]) -> Verdict:
-    """Whether what is ahead by so much is ahead at all, by the 95% interval."""
+    """Whether what is ahead by so much is ahead at all, by the 95% interval.
+
+    What is not finite is of a network that diverged, and is behind.
+    """
     mean, ci95 = difference["mean"], difference["ci95"]
     if mean > ci95:
         return "helps"
+    if not math.isfinite(mean):
+        return "hurts"
     return "hurts" if mean < -ci95 else "not shown"
 
 

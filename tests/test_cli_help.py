@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -26,6 +28,22 @@ def test_help_of_a_data_set_lists_every_option_with_its_default(name):
         (entry,) = (entry for entry in entries if re.match(rf"{option}[ ,]", entry))
         required = field.default is dataclasses.MISSING
         assert ("(required)" if required else f"(default: {field.default})") in entry
+
+
+def test_an_interruption_of_the_imports_is_one_line():
+    code = """
+import sys
+
+class Interrupted:
+    def find_spec(self, name, path, target=None):
+        if name == "fomaml_jax.commands":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+import fomaml_jax.cli
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "fomaml-jax: interrupted\n")
 
 
 def test_the_version():

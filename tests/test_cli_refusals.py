@@ -89,6 +89,7 @@ REFUSED = {
     "trian": "unknown command 'trian'; there are train, evaluate, report, adapt and predict",
     "report": "report needs at least one run",
     "report nowhere": "nowhere is not a run: it has no config.json",
+    "report run --out file": "file is a file; pass --out with a folder",
     "report run empty": "empty is not a run: it has no config.json",
     "train mnist": "unknown data set 'mnist'; there are glyphs, omniglot, sinusoid, folder, table",
     "train --steps 3 glyphs": "the data set comes first: fomaml-jax train glyphs ...",
@@ -254,7 +255,11 @@ PICTURES = {
     "a text": (write("class 1/0.png", b"text"), "", unreadable("UnidentifiedImageError")),
     "an empty file": (write("class 1/0.png"), "", unreadable("UnidentifiedImageError")),
     "half a picture": (cut_picture, "", unreadable("OSError")),
-    "a decompression bomb": (huge_picture, "", unreadable("DecompressionBombError")),
+    "a decompression bomb": (
+        huge_picture,
+        "",
+        "data/class 1/0.png has more than 89,478,485 pixels: save it smaller",
+    ),
     "pixels of nan": (
         nan_picture,
         "",

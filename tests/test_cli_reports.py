@@ -35,6 +35,14 @@ def test_a_report_of_the_folder_where_one_stands(sinusoid, tmp_path, monkeypatch
     assert title in (tmp_path / "report.html").read_text()
 
 
+def test_a_name_that_the_font_has_not(sinusoid, tmp_path):
+    made = call(
+        "report", shutil.copytree(sinusoid.folder, tmp_path / "字"), "--out", tmp_path / "out"
+    )
+    assert made.code == 0
+    assert all(line.startswith("fomaml-jax: ") for line in made.err.splitlines())
+
+
 def test_a_report_of_an_unfinished_run(glyphs, tmp_path):
     folder = shutil.copytree(glyphs.folder, tmp_path / "run")
     for name in ("result.json", "per_task.npy"):

@@ -25,6 +25,7 @@ from command_line import (
 from PIL import Image
 
 from fomaml_jax import baselines, checkpoints, datasets, experiment, options, problems, runs
+from fomaml_jax.commands import train
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -328,6 +329,13 @@ def test_a_wrong_checkpoint_is_refused(unfinished, spoil, message):
     said = refused.err.splitlines()[-1]
     assert re.fullmatch("fomaml-jax: " + message.replace("RUN", str(run)), said), said
     assert everything(run) == before
+
+
+@pytest.mark.parametrize(
+    ("minutes", "spent", "more"), [(10.0, 601.0, 20.0), (0.05, 562.0, 12.8), (10.0, 3000.0, 80.0)]
+)
+def test_the_minutes_to_go_on_with_are_beyond_those_taken(minutes, spent, more):
+    assert train._more(minutes, spent) == more
 
 
 @pytest.mark.slow

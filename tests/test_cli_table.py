@@ -97,6 +97,10 @@ def test_evaluate_repeats_the_result_and_finds_a_file_that_was_moved(harvests, t
     config = json.loads((harvests.folder / "config.json").read_text())
     moved = shutil.copy(config["file"], tmp_path / "elsewhere.csv")
     run = shutil.copytree(harvests.folder, tmp_path / "run")
+    options = config | {"file": str(tmp_path / "nowhere.csv")}
+    (run / "config.json").write_text(json.dumps(options))
+    lost = call("evaluate", run)
+    assert lost.err.endswith("expected a CSV file; where it has moved, pass --file\n")
     found = call("evaluate", run, "--file", moved)
     assert found.code == 0, found.err
     assert rows_of(found.out) == rows_of(harvests.out)[:2]

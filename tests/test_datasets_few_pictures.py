@@ -202,7 +202,7 @@ def test_refusals(drawing, tmp_path, monkeypatch):
     file.write_bytes(content[: len(content) // 2])
     refused(tmp_path, f"{file} cannot be read as an image (OSError)")
     drawing.save(file)
-    monkeypatch.setattr(_image_file.Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(_image_file, "LARGEST", 1000)
     refused(tmp_path, f"{file} has more than 1,000 pixels: save it smaller")
     refused(tmp_path, "background='auto' is of drawings in grey", channels=3)
     refused(tmp_path, "background='white' must be one of", background="white")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fomaml_jax.datasets import digest, image_folder
+from fomaml_jax.datasets import _image_file, digest, image_folder
 
 ORANGE = (230, 120, 20)
 
@@ -281,6 +281,13 @@ def test_unreadable_files_are_skipped_as_if_they_were_not_there(seven, bad):
     assert digest(skipped) == digest(without)
     for one, other in zip(skipped, without, strict=True):
         np.testing.assert_array_equal(one.images, other.images)
+
+
+def test_a_picture_too_large_to_unpack_is_refused(seven, monkeypatch):
+    monkeypatch.setattr(_image_file, "LARGEST", 100)
+    save(next(seven.iterdir()) / "large.png", Image.new("L", (11, 10)))
+    with pytest.raises(ValueError, match=r"large.png has more than 100 pixels: save it smaller"):
+        image_folder(seven, size=4)
 
 
 def test_what_is_skipped_is_no_duplicate(seven):

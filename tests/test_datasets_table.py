@@ -177,6 +177,14 @@ REFUSED = {
     "no features": ([ROW], {}, {"features": []}, "features is empty"),
     "a word": ([ROW, "1,2,high,4"], {}, {}, "line 3: dose is 'high', expected a number"),
     "an infinity": ([ROW, "1,2,3,inf"], {}, {}, "line 3: score is 'inf', expected a number"),
+    "a number of Python's alone": ([ROW, "1,2,1_0,4"], {}, {}, "line 3: dose is '1_0', expected a"),
+    "a date of Python's numbers": (
+        ["1,2026_1_2,3,4"],
+        {},
+        {"features": ["dose"]},
+        "line 2: day is '2026_1_2', expected a number or a date such as 2026-01-31",
+    ),
+    "a mark for no value": ([ROW, "1,2,-1.797e308,4"], {}, {}, "and nothing for no value)"),
     "no date": (["1,Monday,3,4"], {}, {"features": ["dose"]}, "line 2: day is 'Monday', expected"),
     "a date among numbers": (
         [ROW, "1,2026-01-02,3,4"],
@@ -225,6 +233,13 @@ def test_a_file_that_is_none(tmp_path):
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"is no CSV file in UTF-8: .*; save it as CSV UTF-8"):
         read(tmp_path / "binary.csv")
+
+
+def test_a_long_text_beside_what_is_read(tmp_path):
+    notes = "x" * 140_000
+    rows = [f"{p},{day},{day},{day},{notes}" for p in range(8) for day in range(5)]
+    found = read(write(tmp_path, *rows, header="patient,day,dose,score,notes"))
+    assert len(found.splits.train.names) == 4
 
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])

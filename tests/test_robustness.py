@@ -248,6 +248,11 @@ def test_it_is_said_where_adaptation_stops_helping():
     ]
 
 
+def test_what_diverged_is_behind():
+    assert robustness.verdict({"mean": np.nan, "ci95": np.nan}) == "hurts"
+    assert robustness.verdict({"mean": 0.5, "ci95": np.nan}) == "not shown"  # one task
+
+
 def test_the_picture_has_a_panel_a_shift_with_all_accuracies():
     panels = [axes for axes in shift_pictures.draw(ROWS).axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["noise", "blur"]
@@ -283,11 +288,14 @@ def test_evaluate_with_shift(glyphs, tmp_path, monkeypatch):
     assert clean[PIXELS] == pytest.approx(pixels, abs=1e-6)
     assert result["statistics"] == "transductive"
     assert result["conclusions"][0] in run.out
+    assert "± is a 95 % interval over tasks, too narrow for so few as 4," in run.out
     with Image.open(tmp_path / "out" / "shift.png") as image:
         assert image.size > (500, 200)
     again = call("evaluate", glyphs.folder, "--shift", "--out", tmp_path / "out", *words)
     assert again.code == 2
     assert "out holds a report; pass --out with another folder" in again.err
+    onto = call("evaluate", glyphs.folder, "--shift", "--out", tmp_path / "out/shift.json", *words)
+    assert onto.err.endswith("shift.json is a file; pass --out with a folder\n")
 
 
 def test_words_that_do_not_go_together(glyphs, sinusoid, tmp_path):

@@ -104,7 +104,11 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     if asked.offline and hasattr(chosen, "offline"):
         changes["offline"] = True
     with plain_warnings():
-        problem = problems.build(dataclasses.replace(chosen, **changes))
+        try:
+            problem = problems.build(dataclasses.replace(chosen, **changes))
+        except FileNotFoundError as error:
+            option = "--file" if isinstance(chosen, options.Table) else "--path"
+            raise FileNotFoundError(f"{error}; where it has moved, pass {option}") from None
         if problem.splits is not None:
             runs.check_data(run, experiment.described(problem))
         runs.warn_if_begun(run)

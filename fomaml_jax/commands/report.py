@@ -6,8 +6,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from fomaml_jax import reports
-from fomaml_jax.commands.endings import refusing
-from fomaml_jax.commands.words import parse
+from fomaml_jax.commands.endings import plain_warnings, refusing
+from fomaml_jax.commands.words import check_folder, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,9 @@ class Report:
 def main(words: list[str]) -> None:
     """Reports, as the words after `report` say."""
     asked = parse(Report, "fomaml-jax report", words)
-    with refusing():
+    with refusing(), plain_warnings():
         if not asked.runs:
             raise ValueError("report needs at least one run")
+        check_folder(asked.out)
         page = reports.write(asked.runs, asked.out)
     print(f"The report is in {page}, its pictures beside it.")

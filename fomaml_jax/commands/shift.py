@@ -6,10 +6,11 @@ from typing import Any
 from fomaml_jax import experiment, options, pictures, problems, robustness, runs, shift_suite
 from fomaml_jax import shift_pictures as shown
 from fomaml_jax.classifiers import Classifier
-from fomaml_jax.commands.endings import refusing, say
+from fomaml_jax.commands.endings import plain_warnings, refusing, say
 from fomaml_jax.commands.tables import STATISTICS
-from fomaml_jax.commands.words import check_outside
+from fomaml_jax.commands.words import check_folder, check_outside
 from fomaml_jax.datasets import Splits
+from fomaml_jax.labels import caveat
 from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS
 
 TASKS = 200
@@ -32,11 +33,12 @@ def report(
         if isinstance(chosen, options.Folder):
             check_outside(out, chosen.path)
         suite = shift_suite.suite(chosen, problem.splits)
+        check_folder(out)
         if (out / JSON).exists():
             raise ValueError(f"{out} holds a report; pass --out with another folder")
         out.mkdir(parents=True, exist_ok=True)
     result = measured(run, chosen, problem, params, suite, num_tasks)
-    with refusing():
+    with refusing(), plain_warnings():
         runs.write_json(out / JSON, result)
         pictures.save(shown.draw(result["rows"]), out / PICTURE)
     print(table(result))
@@ -95,7 +97,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for shift, rows in shown.by_shift(result["rows"]).items():
         lines += ["", shift, *map(_line, rows)]
-    lines += ["", *result["conclusions"]]
+    foot = "± is a 95 % interval over tasks" + caveat(result["num_tasks"])
+    lines += ["", foot, "", *result["conclusions"]]
     return "\n".join([*lines, *(f"Left out: {line}." for line in result["left_out"])])
 
 

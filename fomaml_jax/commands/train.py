@@ -100,9 +100,14 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
         if result["stopped"] == "out of time":
             steps = result["tasks_seen"] // chosen.tasks_per_step
             print(f"Time was up after {steps} of {chosen.steps} steps; for more of them:")
-            print(f"{resume_with} --minutes {2 * (chosen.minutes or 0):g}")
+            print(f"{resume_with} --minutes {_more(chosen.minutes or 1, result['seconds']):g}")
         if isinstance(chosen, options.Table):
             print(f"For other groups: fomaml-jax predict {shlex.quote(str(folder))} --file FILE")
+
+
+def _more(minutes: float, spent: float) -> float:
+    """Twice the minutes, and again until that is well beyond the seconds a run has taken in all."""
+    return 2 * minutes if 90 * minutes > spent else _more(2 * minutes, spent)
 
 
 def _new_run(name: str, words: list[str]) -> tuple[options.Options, Path]:

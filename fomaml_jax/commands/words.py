@@ -41,6 +41,16 @@ def _at_home(found: Any) -> Any:
     return dataclasses.replace(found, **{name: read(getattr(found, name)) for name in fields})
 
 
+def check_folder(path: Path) -> None:
+    """Refuses a file where a folder is to be written.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; pass --out with a folder")
+
+
 def check_outside(path: Path, data: Path, option: str = "--out") -> None:
     """Refuses to write among the pictures, where the next call would take it for some.
 

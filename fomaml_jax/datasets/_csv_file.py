@@ -13,6 +13,12 @@ import numpy as np
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
 """Cells without a value, whatever their case."""
 
+LARGEST = 1e150
+"""Beyond it are marks for missing values, and what has no variance in float64."""
+
+LONGEST = 2**31 - 1
+"""Characters of a cell, as a column of text may be beside those that are read."""
+
 
 class Columns:
     """The cells of a CSV file by column.
@@ -43,13 +49,17 @@ class Columns:
 
     def numbers(self, name: str) -> np.ndarray:
         """A column as float64, NaN where a cell is missing."""
-        return self._parsed(name, float, "a number (write categories as numbers, such as 0 and 1)")
+        return self._parsed(
+            name,
+            _number,
+            "a number (write categories as numbers, such as 0 and 1, and nothing for no value)",
+        )
 
     def times(self, name: str) -> np.ndarray:
         """A column of numbers or of dates, as float64."""
         cells = [cell for cell in self.text(name) if cell.lower() not in MISSING]
         if cells and _is_number(cells[0]):
-            return self._parsed(name, float, "a number, as in the first row")
+            return self._parsed(name, _number, "a number, as in the first row")
         if cells and any(map(_is_number, cells)):  # such as 20260131 among dates
             return self._parsed(name, _date, "a date such as 2026-01-31, as in the first row")
         return self._parsed(name, _date, "a number or a date such as 2026-01-31")
@@ -68,9 +78,17 @@ class Columns:
         return found
 
 
+def _number(cell: str) -> float:
+    """What people write as a number, whose square is one too: Python reads 2026_1_5 as another."""
+    number = float(cell)
+    if "_" in cell or abs(number) > LARGEST:
+        raise ValueError(cell)
+    return number
+
+
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        _number(cell)
     except ValueError:
         return False
     return True
@@ -86,6 +104,7 @@ def _date(cell: str) -> float:
 
 def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     """The header, the rows, and the line on which each ends."""
+    limit = csv.field_size_limit(LONGEST)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
@@ -98,6 +117,8 @@ def _read(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise ValueError(f"{path} is no CSV file in UTF-8: {error}; save it as CSV UTF-8") from None
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
     if len(found) < 2:
         there = "nothing" if not found else "a header and no rows"
         raise ValueError(f"{path} holds {there}, expected a header and rows below it")

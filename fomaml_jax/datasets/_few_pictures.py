@@ -98,10 +98,11 @@ def few_pictures(
         from fomaml_jax.datasets import _image_file
 
     def read(file: Path) -> tuple[np.ndarray, bool]:
-        _image_file.check_readable(file)
-        if background == "as is":
-            return _image_file.read_image(file, size, channels)[0], False
-        return _image_file.read_strokes(file, size, background)
+        with _image_file.without_bomb_warnings():
+            _image_file.check_readable(file)
+            if background == "as is":
+                return _image_file.read_image(file, size, channels)[0], False
+            return _image_file.read_strokes(file, size, background)
 
     images, inverted, files, labels = [], 0, [], []
     for label, (name, examples) in enumerate(classes.items()):

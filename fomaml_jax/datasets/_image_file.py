@@ -1,9 +1,11 @@
 """Read any picture that Pillow opens as a small square of 8-bit pixels."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +18,9 @@ Background = Literal["auto", "light", "dark"]
 _DIM = 2**12
 """Of 16 bits: no camera's full range, as 12 bits in 16 are."""
 
+LARGEST = 89_478_485
+"""Pixels of a picture, from which on Pillow warns of bombs: unpacked it has a quarter of a GB."""
+
 SMALLEST = 8
 """Pixels of the shorter side of a picture from which anything can be told."""
 
@@ -23,6 +28,14 @@ FAINTEST = 16
 """Grey levels of 255 between a drawing's strokes and its ground."""
 
 _MODES = {1: "L", 3: "RGB"}
+
+
+@contextlib.contextmanager
+def without_bomb_warnings() -> Iterator[None]:
+    """Pillow's own, of pictures that are refused here; outside of threads, which share filters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def read_image(file: Path, size: int, channels: int) -> tuple[np.ndarray, bytes]:
@@ -101,17 +114,8 @@ def check_readable(file: Path) -> None:
     """
     if not file.is_file():  # and not to be opened: a pipe would be waited for
         raise ValueError(f"{file} is not a file, expected a picture: remove or replace it")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                width, height = image.size
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(
-            f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: save it smaller"
-        ) from None
-    except Exception as error:
-        raise _unreadable(file, error) from error
+    with file.open("rb") as content, _opened(content, file) as image:
+        width, height = image.size
     if min(width, height) < SMALLEST:
         raise ValueError(
             f"{file} is a picture of {width} x {height} pixels, expected at least {SMALLEST} x "
@@ -121,13 +125,24 @@ def check_readable(file: Path) -> None:
 
 def _upright(content: bytes, file: Path, enough: int | None = None) -> Image.Image:
     """The picture turned as its EXIF orientation says; its sides need be `enough` pixels."""
+    with _opened(io.BytesIO(content), file) as image:
+        if enough:  # only JPEG minds: it decodes a large photograph straight to about that
+            image.draft(None, (enough, enough))
+        return ImageOps.exif_transpose(image)
+
+
+@contextlib.contextmanager
+def _opened(content: IO[bytes], file: Path) -> Iterator[Image.Image]:
+    """A picture, not unpacked yet; what Pillow has to say against it names the file."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if enough:  # only JPEG minds: it decodes a large photograph straight to about that
-                image.draft(None, (enough, enough))
-            return ImageOps.exif_transpose(image)
+        with Image.open(content) as image:
+            if image.width * image.height > LARGEST:
+                raise Image.DecompressionBombError
+            yield image
     except MemoryError:
         raise
+    except Image.DecompressionBombError:
+        raise ValueError(f"{file} has more than {LARGEST:,} pixels: save it smaller") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes
         raise _unreadable(file, error) from error
 

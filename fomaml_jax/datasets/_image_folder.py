@@ -126,7 +126,7 @@ class _Read(NamedTuple):
 
 def _read_classes(files: Files, size: int, channels: int, skip: bool) -> _Read:
     with cli_extra("image_folder()"):
-        from fomaml_jax.datasets._image_file import read_image
+        from fomaml_jax.datasets._image_file import read_image, without_bomb_warnings
 
     counts = np.array([len(examples) for examples in files.values()], np.int32)
     images = np.zeros([len(counts), counts.max(initial=0), size, size, channels], np.uint8)
@@ -143,7 +143,8 @@ def _read_classes(files: Files, size: int, channels: int, skip: bool) -> _Read:
         return hashlib.sha256(content).hexdigest(), file
 
     places = [(c, e) for c, count in enumerate(counts) for e in range(count)]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter's lock
+    # Pillow decodes and resizes without the interpreter's lock.
+    with without_bomb_warnings(), ThreadPoolExecutor() as pool:
         found = list(pool.map(read, places, itertools.chain(*files.values())))
     left_out = [one for one in found if isinstance(one, ValueError)]
     if left_out:

@@ -192,8 +192,8 @@ def _dealt(
     if len(names) < 4:
         raise ValueError(
             f"{file.path} has {len(names)} groups of more than {shots} usable rows, expected at "
-            "least 4: two to train on and two others to test on; give fewer rows (shots), keep "
-            'rows that miss a feature (missing="mean"), or add groups'
+            "least 4: two to train on and two others to test on; give fewer rows (shots, --shots), "
+            'keep rows that miss a feature (missing="mean", --missing mean), or add groups'
         )
     tested = min(max(2, round(test * len(names))), len(names) - 2)
     chosen = max(2, round(validation * len(names))) if validation else 0
