@@ -44,7 +44,9 @@ def adapt(
 
     Inside of a `jax.shard_map` each device adapts to its own task, with inner gradients of its own.
     A loop inside of the loss must then start from values that vary as its inputs do
-    (`jax.lax.pcast`), or the `shard_map` be given `check_vma=False`: else JAX refuses it.
+    (`jax.lax.pcast`), or the `shard_map` be given `check_vma=False`: else JAX refuses it. An
+    optimizer with loops or conditions of its own (a line search, `reduce_on_plateau`) needs the
+    latter.
 
     Keep parameters in float32 even where the loss computes in bfloat16: small updates vanish in
     bfloat16 sums.

@@ -117,11 +117,15 @@ def cusum(
     threshold = _threshold(false_alarm_every, allowance)
 
     def init() -> CusumState:
-        none, zero = jnp.zeros((), jnp.int32), jnp.zeros(())
-        return CusumState(none, zero, zero, zero, none)
+        # Each an array of its own: one that is there twice could not be donated.
+        mean, variance, statistic = (jnp.zeros(()) for _ in range(3))
+        number, since = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return CusumState(number, mean, variance, statistic, since)
 
     def step(state: CusumState, loss: jax.Array) -> tuple[CusumState, Change]:
         loss = jnp.asarray(loss).astype(state.mean.dtype)  # 16 bits would round the logarithm
+        seen = jnp.isfinite(loss)
+        loss = jnp.where(seen, loss, 1)
         log_loss = jnp.log(jnp.maximum(loss, jnp.finfo(loss.dtype).tiny))
         total = jnp.maximum(state.statistic + _score(state, log_loss) - allowance, 0)
         since = jnp.where(total > 0, state.since + 1, 0)
@@ -129,7 +133,6 @@ def cusum(
         number, mean, variance = _with(log_loss, state, window)
         after = CusumState(number, mean, variance, total, since)
         after = jax.tree.map(lambda fresh, on: jnp.where(jump, fresh, on), init(), after)
-        seen = jnp.isfinite(loss)
         after = jax.tree.map(lambda on, before: jnp.where(seen, on, before), after, state)
         return after, Change(
             jump & seen,
@@ -144,11 +147,13 @@ def _score(state: CusumState, log_loss: jax.Array) -> jax.Array:
     """A log-loss as a standard normal number, zero while there is nothing to compare it with."""
     n = jnp.maximum(state.number, 2).astype(log_loss.dtype)
     freedom = n - 1
-    spread = jnp.sqrt(state.variance * (n + 1) / freedom)  # the variance has n below, not n - 1
-    known = (state.number >= 2) & (spread > 0)
-    t = (log_loss - state.mean) / jnp.where(known, spread, 1)
-    normal = jnp.sqrt(freedom * jnp.log1p(t**2 / freedom))
-    score = jnp.sign(t) * (8 * freedom + 1) / (8 * freedom + 3) * normal
+    known = (state.number >= 2) & (state.variance > 0)
+    variance = jnp.where(known, state.variance, 1)  # no root of zero, whose slope is infinite
+    spread = jnp.sqrt(variance * (n + 1) / freedom)  # the variance has n below, not n - 1
+    t = (log_loss - state.mean) / spread
+    u = t**2 / freedom
+    shrunk = jnp.sqrt(jnp.where(u > 0, jnp.log1p(u) / jnp.where(u > 0, u, 1), 1))
+    score = t * (8 * freedom + 1) / (8 * freedom + 3) * shrunk
     return jnp.where(known, score, 0)
 
 

@@ -127,7 +127,8 @@ def _image_gradient(outputs, kernel, geometry, dtype, alone):
     patches = (_from_memory if alone else _as_it_comes)(product, outputs)
     patches = patches.reshape(*outputs.shape[:-1], matrix.shape[0])
     gather = functools.partial(_patches, geometry=geometry)
-    (images,) = jax.linear_transpose(gather, jax.ShapeDtypeStruct(shape, patches.dtype))(patches)
+    like = varying(jnp.zeros(shape, patches.dtype), patches)
+    (images,) = jax.linear_transpose(gather, like)(patches)
     return images.astype(dtype)
 
 

@@ -145,7 +145,10 @@ def _evaluate(
     def one_task(given, index):
         params, source = given
         task = task_of(source, index)
-        return jax.tree.map(_scalar, metric_fn(adapt_fn(params, task.support), task.query))
+        metric = metric_fn(adapt_fn(params, task.support), task.query)
+        if not jax.tree.leaves(metric):
+            raise ValueError(f"metric_fn must return scalars, got {metric!r}")
+        return jax.tree.map(_scalar, metric)
 
     def of_tasks(given, indices):
         each = functools.partial(one_task, given)

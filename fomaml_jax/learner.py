@@ -197,10 +197,7 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
     def init(params: Params) -> MetaState:
         refusals.check_params(params)
         params = jax.tree.map(jnp.asarray, params)
-        # Copied: some keep the parameters themselves, and a buffer cannot be donated twice.
-        opt_state = jax.tree.map(
-            lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, optimizer.init(params)
-        )
+        opt_state = of_its_own(optimizer.init(params))
         shared = params.params if isinstance(params, WithRates) else params
         if isinstance(shared, WithState) and not _tells_apart(opt_state):
             warnings.warn(
@@ -211,6 +208,11 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
         return MetaState(params, opt_state, jnp.zeros((), jnp.int32))
 
     return init
+
+
+def of_its_own(opt_state: optax.OptState) -> optax.OptState:
+    """Copied: some keep the parameters themselves, and a buffer cannot be donated twice."""
+    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, opt_state)
 
 
 def _tells_apart(opt_state: optax.OptState) -> bool:

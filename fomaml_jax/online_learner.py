@@ -185,9 +185,8 @@ def online(
 def empty_memory(task: Any, capacity: int) -> Memory:
     """Room for so many tasks like this one."""
     refusals.check_arrays("task", task)
-    zero = jnp.zeros((), jnp.int32)
     rooms = jax.tree.map(lambda x: jnp.repeat(jnp.zeros_like(x)[None], capacity, 0), task)
-    return Memory(rooms, zero, zero)
+    return Memory(rooms, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def remember(memory: Memory, task: Any) -> Memory:

@@ -89,7 +89,9 @@ def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTr
             rate = jnp.asarray(rate)
             if per_step:
                 rate = rate[jnp.minimum(state.count, rate.shape[0] - 1)]
-            return -rate.astype(update.dtype) * update
+            # In the bits of the wider: the rate's gradient is a sum.
+            wide = max(rate.dtype, update.dtype, key=lambda dtype: dtype.itemsize)
+            return (-rate.astype(wide) * update.astype(wide)).astype(update.dtype)
 
         scaled_updates = jax.tree.map(scaled, updates, rates, is_leaf=refusals.is_absent)
         return scaled_updates, optax.ScaleByScheduleState(state.count + 1)
@@ -105,8 +107,8 @@ def report(before: Params, after: Params) -> str:
         after: the rates now.
 
     Returns:
-        Text, a line a tensor: the mean before, the mean, least and largest now, and how many are
-        not above zero.
+        Text, a line a tensor that has any: the mean before, the mean, least and largest now, and
+        how many are not above zero.
 
     Example:
         >>> import jax.numpy as jnp, fomaml_jax as fj
@@ -118,6 +120,8 @@ def report(before: Params, after: Params) -> str:
     pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True)
     for (path, old), new in pairs:
         new = np.asarray(new)
+        if not new.size:
+            continue
         numbers = [np.mean(np.asarray(old)), new.mean(), new.min(), new.max()]
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         below = f"{int((new <= 0).sum())} of {new.size}"

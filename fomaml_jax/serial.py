@@ -8,7 +8,7 @@ import optax
 
 from fomaml_jax import refusals
 from fomaml_jax.adaptation import adapt
-from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, initial, norm
+from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, initial, norm, of_its_own
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import finite_with
 from fomaml_jax.types import LossFn, Params, Task, TaskInfo
@@ -71,7 +71,7 @@ def serial_reptile(
 
     def init(params: Params) -> MetaState:
         state = initial(optimizer)(params)
-        inner_state = inner_optimizer.init(state.params) if keep_inner_state else None
+        inner_state = of_its_own(inner_optimizer.init(state.params)) if keep_inner_state else None
         return state._replace(opt_state=(state.opt_state, inner_state))
 
     def one_task(state: MetaState, task: Task) -> tuple[MetaState, TaskInfo]:

@@ -13,7 +13,7 @@ from fomaml_jax.types import Batch, KeyedTask, Task
 
 
 def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
-    """Adds examples of zeros up to `size`, and says which are real.
+    """Adds examples of zeros (of PRNG keys, copies) up to `size`, and says which are real.
 
     Args:
         batch: any pytree whose leaves lead with the same number of examples.
@@ -39,6 +39,8 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
         )
 
     def padded(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # such as keys, of which there is no zero
+            return jnp.concatenate([x, jnp.repeat(x[-1:], size - examples, 0)])
         return jnp.pad(x, [(0, size - examples)] + [(0, 0)] * (np.ndim(x) - 1))
 
     return jax.tree.map(padded, batch), jnp.asarray(np.arange(size) < examples, jnp.float32)
@@ -106,6 +108,7 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
         >>> fj.uneven.weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0]))
         Array(2., dtype=float32)
     """
+    values, weights = jnp.asarray(values), jnp.asarray(weights)
     if not np.ndim(values) or np.shape(weights) != np.shape(values)[:1]:
         raise ValueError(
             f"weights must be one an example, [examples], got {np.shape(weights)} for values of "

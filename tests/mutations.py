@@ -84,9 +84,21 @@ MUTATIONS = [
     ),
     Mutation(
         "rates.py",
-        "return -rate.astype(update.dtype) * update",
-        "return rate.astype(update.dtype) * update",
+        "return (-rate.astype(wide)",
+        "return (rate.astype(wide)",
         "test_algorithms.py",
+    ),
+    Mutation(
+        "rates.py",
+        "max(rate.dtype, update.dtype, key=",
+        "min(rate.dtype, update.dtype, key=",
+        "test_learned_rates.py",
+    ),
+    Mutation(
+        "convolution_primitives.py",
+        "like = varying(jnp.zeros(shape, patches.dtype), patches)",
+        "like = jnp.zeros(shape, patches.dtype)",
+        "test_convolution_primitives.py",
     ),
     Mutation(
         "rates.py",

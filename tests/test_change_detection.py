@@ -163,3 +163,25 @@ def test_losses_in_few_bits_are_watched_in_full(dtype):
     np.testing.assert_array_equal(
         watched(losses).statistic, watched(losses.astype(jnp.float32)).statistic
     )
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_statistic_has_the_derivative_of_its_differences():
+    """Through losses alike, of which the variance is zero, and one that is just their mean."""
+    detector = fj.cusum(window=8)
+    losses = jnp.exp(jnp.asarray(np.random.default_rng(0).normal(size=12)))
+    losses = losses.at[:2].set(1.5)
+
+    def total(losses):
+        return jax.lax.scan(detector.step, detector.init(), losses)[1].statistic.sum()
+
+    found = jax.grad(total)(losses)
+    for i in range(3, 12):
+        apart = jnp.zeros(12).at[i].set(1e-6)
+        expected = (total(losses + apart) - total(losses - apart)) / 2e-6
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-6)
+    assert jnp.isfinite(found).all()
+    state = detector.init()._replace(number=jnp.array(4), variance=jnp.array(1.0))
+    of_mean = jax.grad(lambda x: _score(state, x))(jnp.zeros(()))
+    after = _score(state, jnp.array(1e-4)) / 1e-4
+    np.testing.assert_allclose(of_mean, after, rtol=1e-6)

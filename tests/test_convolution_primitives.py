@@ -176,6 +176,39 @@ def test_sharded_gradients_are_checked_and_agree(per_device, out_channels):
     assert_close([ours], [jax.grad(loss)(kernel, images)], 1e-5)
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("many", [False, True], ids=["one task", "many"])
+def test_sharded_gradients_go_through_layers(strides, many):
+    """JAX checks there what varies, in the gradient of the images between them, too."""
+    images, kernel, geometry = problem((4, 4, 5, 3), 3, strides)
+    other = geometry._replace(spatial=geometry.positions)
+    mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,))
+    one, each = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("d")
+
+    def loss(kernels, images):
+        hidden = jnp.sin(convolve(images, kernels[0], geometry))
+        return jnp.sum(jnp.sin(convolve(hidden, kernels[1], other)))
+
+    def gradient_of(kernels, images):
+        gradient = jax.grad(loss, (0, 1))
+        if not many:
+            return gradient(kernels, images)
+        return jax.vmap(gradient, (None, 0))(kernels, images[:, None])
+
+    def device(kernels, images):
+        kernels = jax.tree.map(lambda k: lax.pcast(k, "d", to="varying"), kernels)
+        of_kernels, of_images = gradient_of(kernels, images)
+        if many:
+            of_kernels = jax.tree.map(lambda k: k.sum(0), of_kernels)
+        return lax.psum(of_kernels, "d"), of_images
+
+    sharded = jax.shard_map(device, mesh=mesh, in_specs=(one, each), out_specs=(one, each))
+    kernels = (kernel, kernel[::-1])
+    of_kernels, of_images = jax.jit(sharded)(kernels, images)
+    expected = jax.grad(loss, (0, 1))(kernels, images)
+    assert_close([*of_kernels, of_images.reshape(images.shape)], [*expected[0], expected[1]], 1e-5)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 5, 2), (2, 5, 5, 0)])
 def test_nothing_in_nothing_out(shape):
     images, kernel, geometry = problem(shape, 3)

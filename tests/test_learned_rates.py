@@ -181,3 +181,19 @@ def test_rates_for_a_part_of_the_parameters():
         fj.fomaml(loss, optimizer, 2)(params, task)[0] for optimizer in (mixed, optax.sgd(0.1))
     )
     assert_close(found, expected, 1e-6)
+
+
+def test_the_gradient_of_a_rate_is_summed_in_its_own_bits():
+    params = fj.WithRates(jnp.zeros(100_000, jnp.float16), jnp.float32(0.1))
+
+    def loss(params, x):
+        return jnp.sum(params.astype(jnp.float32) * x)
+
+    grads, info = fj.meta_sgd(loss, 1)(params, fj.Task(jnp.float32(1.0), jnp.float32(1.0)))
+    assert info.finite
+    assert_close(grads.rates, jnp.float32(-100_000.0), 1e-5)
+
+
+def test_the_report_has_nothing_to_say_of_no_rates():
+    rates = {"v": jnp.zeros(0), "w": jnp.ones(2)}
+    assert len(fj.rates.report(rates, rates).splitlines()) == 2

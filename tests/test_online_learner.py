@@ -286,3 +286,14 @@ def alone(learner):
 def after_one(learner, task=None):
     state = learner.init(PARAMS, one(TASKS), KEY)
     return learner.step(state, one(TASKS) if task is None else task)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_fresh_state_can_be_donated():
+    """What is in it twice could not be."""
+    params, tasks = network_problem(1)
+    learner = fj.online(fj.over_tasks(fj.fomaml(network, optax.sgd(0.1), 1)), optax.adam(0.1))
+    state = learner.init(jax.tree.map(jnp.copy, params), one(tasks), jax.random.key(0))
+    kept = jax.jit(learner.step)(state, one(tasks))[0]
+    given = jax.jit(learner.step, donate_argnums=0)(state, one(tasks))[0]
+    assert_close(given.learner.params, kept.learner.params)

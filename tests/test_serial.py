@@ -120,3 +120,13 @@ def test_what_is_no_task_is_refused_as_elsewhere():
         learner.step(state, fj.Task(jnp.ones((2, 3)), jnp.ones((2, 0))))
     with pytest.raises(TypeError, match="task must be a"):
         learner.step(state, jnp.ones((2, 3)))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_inner_optimizer_that_keeps_the_parameters_can_be_donated():
+    params, tasks = network_problem(2)
+    inner = optax.contrib.prodigy(0.1)
+    learner = fj.serial_reptile(network, inner, 1, optax.sgd(0.1), keep_inner_state=True)
+    step = jax.jit(learner.step, donate_argnums=0)
+    state, _ = step(learner.init(jax.tree.map(jnp.copy, params)), tasks)
+    assert_close(state.params, learner.step(learner.init(params), tasks)[0].params, 1e-6)

@@ -294,3 +294,17 @@ def test_imbalance_of_a_class_with_too_few_is_refused():
         ValueError, match="ask for 3 examples of a class, but class 1 has 1 support"
     ):
         fj.shifts.class_imbalance([3, 3])(KEY, task)
+
+
+@pytest.mark.parametrize(("dtype", "ways"), [("int8", 100), ("uint8", 200), ("uint8", 256)])
+def test_wrong_labels_of_few_bits_are_those_of_many(dtype, ways):
+    labels = jnp.arange(ways)
+
+    def relabelled(dtype):
+        task = fj.Task((labels, labels.astype(dtype)), (labels, labels))
+        return fj.shifts.label_noise(1.0)(jax.random.key(0), task).support[1]
+
+    found = relabelled(dtype)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, relabelled("int32"))
+    assert (found != labels.astype(dtype)).all()

@@ -165,3 +165,15 @@ def test_empty_batches_are_refused():
     task = fj.Task(jnp.ones((2, 1)), ())
     with pytest.raises(ValueError, match="query holds no arrays"):
         fj.uneven.stack_tasks([task, task])
+
+
+def test_examples_with_keys_are_padded():
+    keys = jax.random.split(jax.random.key(0), 3)
+    batch, weights = fj.uneven.pad_batch({"x": jnp.ones(3), "key": keys}, 5)
+    assert batch["key"].shape == batch["x"].shape == (5,)
+    assert (batch["key"][:3] == keys).all()
+    assert weights.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_weights_may_be_a_list():
+    assert fj.uneven.weighted_mean(jnp.array([1.0, 3.0]), [1.0, 0.0]) == 1
