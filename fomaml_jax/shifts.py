@@ -186,7 +186,7 @@ def label_noise(share: Strength) -> Shift:
         which_key, label_key = jax.random.split(key)
         x, y = _pair("support", task.support)
         rank = jnp.argsort(jnp.argsort(jax.random.bits(which_key, y.shape)))
-        wide = y if y.dtype.itemsize >= 4 else y.astype(jnp.int32)  # sums of labels are beyond 8
+        wide = y if y.dtype.itemsize >= 4 else y.astype(jnp.int32)  # for their sums
         ways = wide.max() + 1
         other = (wide + jax.random.randint(label_key, y.shape, 1, ways, wide.dtype)) % ways
         wrong = rank < jnp.round(jnp.asarray(share, jnp.float32) * len(y)).astype(rank.dtype)
