@@ -88,6 +88,8 @@ def test_refusals():
     for wrong in (0, True, -1, "all"):
         with pytest.raises(ValueError, match="tasks_at_once must be an integer of at least 1"):
             evaluate(tasks_at_once=wrong)
+    with pytest.raises(ValueError, match=r"metric_fn must return scalars, got \{\}"):
+        fj.evaluate(lambda p, s: s, lambda a, q: {}, (), normal_task, jax.random.key(0))
     with pytest.raises(ValueError, match="must return real scalars, got one of dtype complex64"):
         fj.evaluate(lambda p, s: s, lambda a, q: 3j, (), normal_task, jax.random.key(0))
     with pytest.raises(ValueError, match=r"must return scalars, got an array of shape \(1,\)"):

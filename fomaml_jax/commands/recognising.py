@@ -15,7 +15,7 @@ import numpy as np
 from fomaml_jax import options, pictures, runs
 from fomaml_jax.classifiers import QUERIES_AT_ONCE
 from fomaml_jax.commands.recognised import judged, known_already, sheet, told
-from fomaml_jax.commands.words import check_outside
+from fomaml_jax.commands.words import check_folder, check_outside
 from fomaml_jax.datasets import Pictures, few_pictures
 from fomaml_jax.recognition import NONE, AdaptedClassifier, Background, Predictions
 
@@ -61,8 +61,7 @@ def check_out(folder: Path, *, overwrite: bool, apart: Sequence[Path]) -> None:
     """
     for pictures_in in apart:
         check_outside(folder, pictures_in)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; pass --out with a folder, new or empty")
+    check_folder(folder)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     there = {name for name in there if name[0] != "."}  # such as what a file manager leaves
     if there and not overwrite:
