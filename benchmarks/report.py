@@ -17,6 +17,7 @@ import algorithm_costs
 import algorithms
 import arrivals
 import common
+import defaults
 import frameworks
 import kills
 import memory
@@ -46,6 +47,7 @@ BENCHMARKS = {
     "time_to_accuracy": time_to_accuracy,
     "algorithm_costs": algorithm_costs,
     "kills": kills,
+    "defaults": defaults,
     "algorithms": algorithms,
     "accuracy": accuracy,
     "ablations": ablations,
@@ -56,6 +58,7 @@ BENCHMARKS = {
     "rare_objects": rare_objects,
 }
 MARKED = {
+    "defaults": defaults,
     "algorithms": algorithms,
     "accuracy": accuracy,
     "shift": shift,

@@ -20,6 +20,7 @@ import optax
 import fomaml_jax as fj
 
 TRAIN_WAYS = 20
+TASKS = 4  # of an outer step
 
 
 def network(ways, width):
@@ -117,7 +118,8 @@ def main():
     asked = parser.parse_args()
 
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    mesh = jax.make_mesh((jax.device_count(),), ("tasks",), (jax.sharding.AxisType.Auto,))
+    devices = math.gcd(TASKS, jax.device_count())
+    mesh = jax.make_mesh((devices,), ("tasks",), (jax.sharding.AxisType.Auto,))
     splits = fj.datasets.omniglot(asked.data)
     sample_task = training_tasks(splits.train)
     learner = fj.meta_learner(
@@ -129,7 +131,7 @@ def main():
         first_shared(asked.width),
         lambda key: key,  # the tasks are keys, sampled one by one inside the step
         jax.random.key(1),
-        tasks_per_step=math.lcm(4, mesh.size),
+        tasks_per_step=TASKS,
         steps=asked.steps,
         mesh=mesh,
     )

@@ -14,7 +14,8 @@ the slope to the next visit, which is why recordings of several days are not giv
 a split at random inside of a patient, in which later scores surround a given one, is too easy.
 
 Run it: python examples/patients.py --data FOLDER
-where FOLDER/parkinsons/parkinsons_updrs.csv is, or without to use $FOMAML_JAX_DATA.
+where FOLDER/parkinsons/parkinsons_updrs.csv is, or without to use $FOMAML_JAX_DATA. The data are
+UCI's Parkinsons Telemonitoring (https://doi.org/10.24432/C5ZS3N, CC BY 4.0), with its own header.
 The mixed-effects models among the baselines need statsmodels (pip install 'fomaml-jax[patients]')
 and are left out without.
 
@@ -49,7 +50,7 @@ def read(path: Path) -> Patients:
         voice = [float(cell) for cell in row[header.index("Jitter(%)") :]]
         numbers = [float(row[place]) for place in places]
         by_patient.setdefault(row[0], []).append([*numbers, *voice])
-    found = [np.array(sorted(rows)) for rows in by_patient.values()]
+    found = [np.array(sorted(rows, key=lambda row: row[0])) for rows in by_patient.values()]
     counts = np.array([len(rows) for rows in found])
     x, y = np.ones((len(found), counts.max(), 19)), np.zeros((len(found), counts.max()))
     for p, rows in enumerate(found):

@@ -10,7 +10,8 @@ differ. Six numbers of a patient's own start at zero and take five steps of grad
 his five samples; how far is learned too. First order needs no derivative through these steps.
 
 Run it: python examples/pharmacokinetics.py --data FOLDER
-where FOLDER/remifentanil/remifentanil.csv is, or without to use $FOMAML_JAX_DATA. The gradient
+where FOLDER/remifentanil/remifentanil.csv is, or without to use $FOMAML_JAX_DATA: the data set
+Remifentanil of R's nlme as CSV (ID, Time, conc, Rate, Amt, Age, Sex, Ht, Wt, LBM). The gradient
 boosting among the baselines needs scikit-learn (pip install 'fomaml-jax[patients]') and is left
 out without.
 

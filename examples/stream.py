@@ -26,7 +26,6 @@ CENTRES = fj.tasks.Waves(
     amplitude=(1.0, 4.0), phase=(0.0, 6.0), frequency=(0.5, 1.5), level=(-2.0, 2.0)
 )
 SPREAD = fj.tasks.Waves(amplitude=1.0, phase=np.pi / 2, frequency=0.0, level=0.5)
-RESULT = Path(__file__).parent / "results" / "stream.json"
 LOW, HIGH = (fj.tasks.Waves(*ends) for ends in zip(*CENTRES, strict=True))
 
 family = fj.tasks.sine_waves(SPREAD, shots=5, queries=10)
@@ -232,7 +231,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="streams")
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--tuning-arrivals", type=int, default=400, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default="stream.json", help="JSON, a picture beside it")
     asked = parser.parse_args()
     start = jax.jit(meta_trained)(jax.random.key(7))
     result: dict[str, Any] = {

@@ -153,7 +153,6 @@ def inner_loop(
     refusals.check_bare(params)
     refusals.check_params(params)
     refusals.check_batch("support", support, axis=1 if per_step_support else 0)
-    inner_updates.check_rates(optimizer, params)
     if per_step_support:
         refusals.check_per_step(support, num_steps)
 
@@ -162,6 +161,7 @@ def inner_loop(
     objective = refusals.checked_loss(loss_fn, has_aux, has_state)
     params = varying(jax.tree.map(jnp.asarray, params), support, state, key)
     adapted, frozen = split(trainable, params)
+    inner_updates.check_rates(optimizer, adapted)
 
     def merged(inner: InnerState) -> Params:
         return merge(inner.adapted, frozen)

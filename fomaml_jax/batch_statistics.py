@@ -120,7 +120,14 @@ def one_at_a_time(
 
 
 def queries_of(inputs: Any) -> Any:
-    """The query inputs, with or without a support set beside them."""
+    """The query inputs, with or without a support set beside them.
+
+    Example:
+        >>> import fomaml_jax as fj
+        >>> beside = fj.batch_statistics.Beside(support=[1.0], query=[2.0, 3.0])
+        >>> fj.batch_statistics.queries_of(beside), fj.batch_statistics.queries_of([4.0])
+        ([2.0, 3.0], [4.0])
+    """
     return inputs.query if isinstance(inputs, Beside) else inputs
 
 

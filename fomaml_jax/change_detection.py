@@ -133,11 +133,13 @@ def cusum(
         number, mean, variance = _with(log_loss, state, window)
         after = CusumState(number, mean, variance, total, since)
         after = jax.tree.map(lambda fresh, on: jnp.where(jump, fresh, on), init(), after)
-        after = jax.tree.map(lambda on, before: jnp.where(seen, on, before), after, state)
+        # What is passed over has arrived all the same.
+        passed = state._replace(since=jnp.where(state.since > 0, state.since + 1, 0))
+        after = jax.tree.map(lambda on, before: jnp.where(seen, on, before), after, passed)
         return after, Change(
             jump & seen,
-            jnp.where(seen, total, state.statistic),
-            jnp.where(seen, since, state.since),
+            jnp.where(seen, total, passed.statistic),
+            jnp.where(seen, since, passed.since),
         )
 
     return ChangeDetector(init, step)

@@ -105,7 +105,8 @@ def cross_entropy(predict: Predict, *, balanced: bool = False) -> LossFn:
 
 def initial_params(chosen: options.ImageOptions, outputs: int, picture: tuple[int, ...]) -> Params:
     """Parameters of the network, for pictures of this shape."""
-    return network(chosen, outputs).init(jax.random.key(chosen.seed), jnp.zeros((1, *picture)))
+    init = jax.jit(network(chosen, outputs).init)
+    return init(jax.random.key(chosen.seed), jnp.zeros((1, *picture)))
 
 
 def shared_of(chosen: options.ImageOptions, params: Params) -> Any:

@@ -163,16 +163,14 @@ def _check_counts(counts: np.ndarray, most: int, shots: int) -> None:
 
 
 def _check_finite(name: str, leaf: Any, counts: np.ndarray) -> None:
-    if isinstance(leaf, Tracer) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if isinstance(leaf, Tracer):
         return
     real = np.arange(leaf.shape[1]) < counts[:, None]
-    with np.errstate(over="ignore"):  # what is beyond the dtype that JAX keeps is infinite there
-        kept = np.asarray(leaf).astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
-    finite = np.isfinite(kept).reshape(*leaf.shape[:2], -1).all(-1)
+    finite = refusals.kept_by_jax(np.asarray(leaf)).reshape(*leaf.shape[:2], -1).all(-1)
     wrong = np.argwhere(real & ~finite)
     if len(wrong):
         g, r = wrong[0].tolist()
         raise ValueError(
-            f"{name}[{g}, {r}] is not finite ({len(wrong)} rows in all); leave such rows out, or "
-            "fill them in"
+            f"{name}[{g}, {r}] is {refusals.not_kept(leaf.dtype)} ({len(wrong)} rows in all); "
+            "leave such rows out, or fill them in"
         )

@@ -191,7 +191,8 @@ class Folder(ImageOptions):
     unreadable: Literal["refuse", "skip"] = "refuse"
     """Files that are no pictures: stop at the first, or leave them out and say so."""
     duplicates: Literal["refuse", "keep"] = "refuse"
-    """The same file in two splits: stop, or keep it and be judged on what was trained on."""
+    """The same file in two splits or twice in a class: stop, or keep it and be judged on what was
+    trained on, or given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

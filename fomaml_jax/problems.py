@@ -309,7 +309,11 @@ def _episodes(
             **kwargs,
         )
     except ValueError as error:
-        raise ValueError(f"{name} split: {error}") from None
+        there = f"of its {len(classes.names)} classes "
+        smallest = classes.names[int(np.argmin(classes.counts))]
+        raise ValueError(
+            f"{name} split: {error}; {there}{smallest} is the smallest (--ways, --shots, --queries)"
+        ) from None
 
 
 def _algorithm(chosen: options.ImageOptions, ways: int) -> MetaGradient:
@@ -365,7 +369,7 @@ def _regression(chosen: options.Sinusoid) -> Problem:
     unseen = sinusoid(shots=chosen.shots, queries=100)
     inner = optax.chain(optax.clip_by_global_norm(chosen.inner_clip), optax.sgd(chosen.inner_rate))
     return Problem(
-        params=net.init(jax.random.key(chosen.seed), jnp.zeros((1, 1))),
+        params=jax.jit(net.init)(jax.random.key(chosen.seed), jnp.zeros((1, 1))),
         start=lambda params, _: params,
         predict=predict,
         loss_fn=loss_fn,

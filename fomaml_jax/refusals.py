@@ -73,9 +73,11 @@ def check_inner_rates(rates: Any, updates: Any, per_step: bool) -> None:
             f"rates must have the structure of params, {structure}, got {found}; {hint}"
         )
     for (path, update), (_, rate) in zip(leaves, given, strict=True):
-        if is_absent(update) or is_absent(rate):
+        if is_absent(update):
             continue
         where, shape = f"rates{jax.tree_util.keystr(path)}", np.shape(rate)
+        if is_absent(rate):
+            raise ValueError(f"{where} is None, but that parameter is adapted; {hint}")
         if per_step and not shape:
             raise ValueError(
                 f"{where} is a scalar, but with per_step rates lead with the step; {hint}"
@@ -99,6 +101,25 @@ def check_batch(name: str, batch: Batch, axis: int = 0) -> None:
                 f"{name}{jax.tree_util.keystr(path)} is empty (shape {np.shape(leaf)}); "
                 "pass at least one example"
             )
+
+
+def kept_by_jax(values: np.ndarray) -> np.ndarray:
+    """Which numbers are finite in the dtype that JAX keeps, where large integers wrap around."""
+    dtype = jax.dtypes.canonicalize_dtype(values.dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        return (values >= limits.min) & (values <= limits.max)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return np.ones(values.shape, bool)
+    with np.errstate(over="ignore"):
+        return np.isfinite(values.astype(dtype, copy=False))
+
+
+def not_kept(dtype: Any) -> str:
+    """What is wrong with numbers that are not `kept_by_jax`."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return "not finite"
+    return f"beyond {jax.dtypes.canonicalize_dtype(dtype)}, so shift or scale all of them first"
 
 
 def checked_pixels(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from fomaml_jax import models, options, refusals, runs, uneven
 from fomaml_jax.adaptation import adapt
@@ -26,7 +27,7 @@ def initial_params(chosen: options.Table) -> Params:
     """The network's parameters before training, and how far a group's level is doubted."""
     features = jnp.zeros((1, len(chosen.features)), jnp.float32)
     return {
-        "network": NET.init(jax.random.key(chosen.seed), features),
+        "network": jax.jit(NET.init)(jax.random.key(chosen.seed), features),
         "level": jnp.zeros((), jnp.float32),
         "log_doubt": jnp.log(jnp.full((), DOUBT, jnp.float32)),
     }
@@ -130,22 +131,27 @@ class Regressor:
             `[m]` float32 targets.
 
         Raises:
-            ValueError: for rows of another number of features, or targets or weights of another
-                number than the known rows.
+            ValueError: for rows of another number of features, or with an infinite one, targets or
+                weights of another number than the known rows, or weights below zero.
         """
         (known, y), asked = (_as_array(part) for part in support), _as_array(x)
+        if not known.size:
+            known = known.reshape(0, len(self.chosen.features))  # as of an empty list
         for rows in (known, asked):
             if rows.shape[1:] != (len(self.chosen.features),):
                 raise ValueError(
                     f"rows must be [n, {len(self.chosen.features)}], for "
                     f"{', '.join(self.chosen.features)}, got {list(rows.shape)}"
                 )
+            _check_no_infinity(rows)
         weights = jnp.ones(len(known), jnp.float32) if weights is None else _as_array(weights)
         for name, values in {"targets": y, "weights": weights}.items():
             if values.shape != known.shape[:1]:
                 raise ValueError(
                     f"{name} must be [{len(known)}], one a known row, got {list(values.shape)}"
                 )
+        if not isinstance(weights, Tracer) and not (np.asarray(weights) >= 0).all():
+            raise ValueError("weights must be at least 0")
         found = self.standardised_targets(
             (self.standardised(known), self.standardised(y, of_target=True)),
             self.standardised(asked),
@@ -184,6 +190,11 @@ class Regressor:
         # The mean, which is zero here, stands for what is missing and for what says nothing.
         meaningful = space.isfinite(apart) & (scale > 0)
         return jnp.asarray(space.where(meaningful | of_target, apart, 0.0), jnp.float32)
+
+
+def _check_no_infinity(rows: Any) -> None:
+    if not isinstance(rows, Tracer) and np.isinf(np.asarray(rows)).any():
+        raise ValueError("rows hold an infinite feature; pass NaN for one that is missing")
 
 
 def _as_array(values: Any) -> Any:

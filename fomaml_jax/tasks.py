@@ -403,13 +403,13 @@ def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
 
 
 def _check_finite(images: jax.Array | np.ndarray, counts: jax.Array | np.ndarray | None) -> None:
-    if not jnp.issubdtype(images.dtype, jnp.inexact) or isinstance(images, Tracer):
+    sure = images.dtype.itemsize <= 4 and not jnp.issubdtype(images.dtype, jnp.inexact)
+    if sure or isinstance(images, Tracer):
         return
     if isinstance(images, np.ndarray):
-        kept = jax.dtypes.canonicalize_dtype(images.dtype)  # what is beyond it is infinite there
-        with np.errstate(over="ignore"):  # class by class: without a second array of that size
-            each = (np.isfinite(c.astype(kept, copy=False)) for c in images)
-            finite = np.array([of_class.reshape(len(of_class), -1).all(-1) for of_class in each])
+        # Class by class: without a second array of that size.
+        each = map(refusals.kept_by_jax, images)
+        finite = np.array([of_class.reshape(len(of_class), -1).all(-1) for of_class in each])
     elif images.is_fully_addressable:
         with jax.ensure_compile_time_eval():
             each = jnp.isfinite(images).reshape(*images.shape[:2], -1).all(-1)
@@ -421,8 +421,8 @@ def _check_finite(images: jax.Array | np.ndarray, counts: jax.Array | np.ndarray
     if len(wrong):
         c, e = wrong[0]
         raise ValueError(
-            f"images[{c}, {e}] has pixels that are not finite ({len(wrong)} examples in all); "
-            "leave such examples out"
+            f"images[{c}, {e}] has pixels that are {refusals.not_kept(images.dtype)} ({len(wrong)} "
+            "examples in all); leave such examples out"
         )
 
 

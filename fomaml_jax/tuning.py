@@ -19,8 +19,10 @@ from fomaml_jax.variants import as_measured, variants_of
 _REPEATS = 5
 
 # A form that takes this many times as long as the best so far on two tasks is not tried on all:
-# native convolutions in a loop on CPU can take minutes.
+# native convolutions in a loop on CPU can take minutes. Unless all take less than a second: of
+# small tasks, most of the time that two take is the call's own.
 _HOPELESS = 3.0
+_SHORT = 1.0
 
 
 class Trial(NamedTuple):
@@ -206,7 +208,7 @@ class _Search:
         trial = self._measure(variant, 1, few, repeats=1)
         share = count / refusals.check_task_axis(self._tasks)
         best = self.best().seconds or 0
-        if trial.seconds is None or trial.seconds > _HOPELESS * best * share:
+        if trial.seconds is None or trial.seconds > max(_HOPELESS * best, _SHORT) * share:
             return trial._replace(seconds=None, note=trial.note or "much slower on a few tasks")
         return None
 

@@ -70,8 +70,9 @@ class WithRates(NamedTuple):
 class PerStep(NamedTuple):
     """State of which every inner step has its own, such as the running statistics of MAML++.
 
-    The loss of step k is given, and gives back, the state of step k alone; the query loss after it
-    too. Steps beyond the last share that of the last.
+    The loss of step k is given, and gives back, the state of step k alone. The query loss after it
+    is given that too; of the query losses of a multi-step loss, the last alone gives it back. Steps
+    beyond the last share that of the last.
 
     Attributes:
         steps: the states, leaves `[num_steps, ...]`.

@@ -32,7 +32,9 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", quick)
     # jax 0.12 no longer knows the flag, is about as quick without, and ends where it is set.
     if "XLA_FLAGS" not in os.environ and jax.__version_info__ < (0, 11):
-        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = (
+            "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        )
         jax.jit(lambda: 0)()  # XLA reads its flags once
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 
@@ -61,8 +63,11 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-MOST_MAPPINGS = 10_000
-"""Of memory, after which compiled programs are let go of: Linux ends a process at 65,530."""
+MOST_MAPPINGS = 3_000
+"""Of memory, after which compiled programs are let go of: Linux ends a process at 65,530.
+
+Long before, as to compile one takes the longer the more of them are alive.
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,7 @@
 """Problems that tests share: a quadratic whose every answer is known, and a small network."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,7 @@ def every(name, table, *quick):
     return pytest.mark.parametrize(name, rows)
 
 
+@functools.partial(jax.jit, inline=True)  # one program where it is called as it is, not ten
 def quadratic(params, batch):
     """Half the squared distance of the parameters from the batch's centre."""
     apart = jax.tree.map(lambda p, c: jnp.sum((p - c) ** 2), params, batch)
@@ -45,6 +48,7 @@ def quadratic_problem(seed=0):
     return tree(), fj.Task(support=tree(), query=tree())
 
 
+@functools.partial(jax.jit, inline=True)
 def network(params, batch):
     """Mean squared error of a network with one hidden layer."""
     x, y = batch

@@ -117,7 +117,7 @@ def test_a_flat_folder_is_told_about_without_an_accuracy(done, scene, tmp_path):
     assert flat.code == 0, flat.err
     assert "accuracy" not in flat.out
     assert "normalised together (transductive)" in flat.out
-    assert "1 of them are support pictures too, which prove nothing" in flat.out
+    assert "1 of them are support pictures too, or the same to the network: none counts" in flat.out
     assert "found with each picture normalised alone, and fits less well here" in flat.out
     rows = table(tmp_path / "out")
     assert [row["picture"] for row in rows] == ["0.png", "1.png", "2.png", "seen.png"]
@@ -232,6 +232,11 @@ REFUSED = {
         "adapt run --support support --query query --overwrite",
         "are the same picture: remove one of them",
     ),
+    "the same drawing at two places": (
+        lambda home: shifted(home / "support" / "ring" / "0.png", home / "support" / "dash"),
+        "adapt run --support support --query query --overwrite",
+        "are the same at 28 x 28 pixels, drawings without their place and size on paper: remove",
+    ),
     "a folder that is not there, before anything is saved": (
         None,
         "adapt run --support support --query qurey --save mine",
@@ -294,6 +299,14 @@ def strip(file):
     paper = np.full((12, 1200), 255, np.uint8)
     paper[4:8, 100:900] = 0
     Image.fromarray(paper).save(file)
+
+
+def shifted(file, folder):
+    """The drawing on more paper."""
+    with Image.open(file) as drawn:
+        paper = Image.new(drawn.mode, (drawn.width + 40, drawn.height + 40), drawn.getpixel((0, 0)))
+        paper.paste(drawn, (40, 40))
+    paper.save(folder / "shifted.png")
 
 
 @pytest.mark.parametrize(("change", "words", "message"), REFUSED.values(), ids=REFUSED)

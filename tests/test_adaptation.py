@@ -4,12 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from problems import OPTIMIZERS, assert_close, network, network_problem, one
 
 import fomaml_jax as fj
 
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+# Those whose state is made of the parameters, too.
+KEEPING = {
+    "dog": lambda: optax.contrib.dog(init_step=("distance", 0.1)),
+    "schedule free": lambda: optax.contrib.schedule_free_sgd(0.1),
+}
 
 
 @pytest.mark.usefixtures("float64", "standard_promotion")
@@ -29,7 +36,7 @@ def test_takes_the_optimizers_steps(optimizer):
 
 
 @pytest.mark.usefixtures("float64", "standard_promotion")
-@optimizers
+@pytest.mark.parametrize("optimizer", (OPTIMIZERS | KEEPING).values(), ids=OPTIMIZERS | KEEPING)
 def test_first_order_derivative_is_the_identity(optimizer):
     params, tasks = network_problem(1, width=3)
     flat, unflatten = jax.flatten_util.ravel_pytree(params)

@@ -275,6 +275,17 @@ def test_works_under_every_transformation_and_compiles_once(case):
         assert_close(one(by_scan, i), expected[i], 1e-5)
 
 
+def test_rematerialised_steps_keep_nothing_of_what_they_compute():
+    params, tasks = network_problem(1, examples=256, width=64, dtype=jnp.float32)
+
+    def temporary_bytes(remat):
+        meta_gradient = fj.maml(network, optax.sgd(0.01), 20, remat=remat)
+        compiled = jax.jit(meta_gradient).lower(params, one(tasks)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert 3 * temporary_bytes(True) < temporary_bytes(False)
+
+
 @pytest.mark.usefixtures("float64")
 @each_kind_of_case
 def test_any_number_of_tasks_at_once_is_the_same(case):

@@ -15,6 +15,7 @@ NET = fj.models.conv4(ways=3, width=4)
 PICTURES = np.random.default_rng(0).random((6, 12, 16, 16, 1), np.float32)
 
 
+@jax.jit
 def native(params, x) -> jax.Array:
     return jnp.asarray(NET.apply(params, x))
 
@@ -34,7 +35,7 @@ def accuracy(params, batch):
 
 @pytest.fixture
 def params():
-    return NET.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
+    return jax.jit(NET.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
 
 
 sample_task = fj.tasks.episodes(PICTURES, ways=3, shots=1, queries=2)
@@ -59,6 +60,22 @@ def test_queries_at_once_change_nothing(params, queries_at_once):
     inputs = Beside(jnp.asarray(PICTURES[0, :5]), jnp.asarray(PICTURES[1, :4]))
     chunked = fj.batch_statistics.one_at_a_time(native, queries_at_once=queries_at_once)
     assert_close(chunked(params, inputs), predict(params, inputs), 1e-5)
+
+
+def test_queries_at_once_bound_the_memory():
+    def centred(weights, x):
+        hidden = jnp.tanh(x @ weights)
+        return (hidden - hidden.mean(0, keepdims=True)) @ weights.T
+
+    inputs = Beside(jnp.ones((9, 8)), jnp.ones((64, 8)))
+
+    def temporary_bytes(queries_at_once):
+        chunked = fj.batch_statistics.one_at_a_time(centred, queries_at_once=queries_at_once)
+        compiled = jax.jit(chunked).lower(jnp.ones((8, 128)), inputs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert 2 * temporary_bytes(1) < temporary_bytes(4)
+    assert 2 * temporary_bytes(4) < temporary_bytes(16)
 
 
 def test_other_inputs_are_predicted_together(params):

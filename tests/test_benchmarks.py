@@ -29,6 +29,7 @@ SHORT = {
         *("--settings", "5w1s", "--tasks", "2", "--repeats", "1"),
         *("--algorithms", "Reptile", "MAML, second order"),
     ],
+    "defaults": ["--commands", "train sinusoid", "--options=--steps 3 --eval-tasks 4"],
     "algorithms": [
         *("--data", "glyphs", "--steps", "5", "--ways", "3", "--eval-tasks", "2", "--width", "4"),
         *("--algorithms", "FOMAML", "LSLR, multi-step loss", "ProtoMAML"),

@@ -129,6 +129,11 @@ def test_what_is_not_finite_is_passed_over():
     kept = np.delete(np.arange(52), [10, 31])
     np.testing.assert_array_equal(found.statistic[:, kept], expected.statistic)
     assert not found.jump[:, [10, 31]].any()
+    # They have arrived all the same, since the change that may have been.
+    doubted = np.flatnonzero(expected.since[0])
+    first = doubted - expected.since[0, doubted] + 1
+    same = kept[doubted] - found.since[0, kept[doubted]] + 1
+    np.testing.assert_array_equal(same, kept[first])
     assert np.isfinite(watched(jnp.zeros((1, 20))).statistic).all()
 
 

@@ -10,7 +10,7 @@ import pytest
 from convolution_problems import array
 from jax import lax
 
-from fomaml_jax.convolution_primitives import Geometry, convolve
+from fomaml_jax.convolution_primitives import _MAX_BLOW_UP, Geometry, convolve
 
 STRIDES = [(1, 1), (2, 1), (1, 2), (2, 2)]
 PADDINGS = [((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (-1, 3))]
@@ -29,10 +29,13 @@ def native(images, kernel, geometry):
     )
 
 
-def problem(shape, out_channels, strides=(1, 1), padding=PADDINGS[0], dilation=(1, 1), dtype=None):
+def problem(
+    shape, out_channels, strides=(1, 1), padding=PADDINGS[0], dilation=(1, 1), dtype=None,
+    window=(3, 3),
+):  # fmt: skip
     images = array(*shape, dtype=dtype)
-    kernel = array(3, 3, shape[-1], out_channels, seed=1, dtype=dtype)
-    return images, kernel, Geometry(shape[1:-1], (3, 3), strides, padding, dilation)
+    kernel = array(*window, shape[-1], out_channels, seed=1, dtype=dtype)
+    return images, kernel, Geometry(shape[1:-1], window, strides, padding, dilation)
 
 
 def value_and_transposes(fn, images, kernel):
@@ -61,6 +64,30 @@ def test_every_form_agrees_with_the_native_convolution(shape, out_channels, dila
         )
         assert_close(ours(images, kernel), theirs(images, kernel), 1e-5)
         assert geometry.positions == theirs(images, kernel)[0].shape[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("window", "strides", "dilation", "channels"),
+    [
+        ((4, 4), (1, 1), (1, 1), 3),
+        ((1, 5), (1, 1), (1, 1), 9),
+        ((5, 2), (1, 1), (2, 3), 3),
+        ((5, 5), (2, 2), (1, 1), 9),
+    ],
+    ids=["even", "flat", "dilated", "strided"],
+)
+def test_windows_of_any_size_agree_where_they_stay_native(window, strides, dilation, channels):
+    """The native forms pad, mirror and cut by the window: not by three, as all others here are."""
+    padding = ((3, 1), (2, 0))
+    images, kernel, geometry = problem(
+        (2, 8, 9, channels), 4, strides, padding, dilation, window=window
+    )
+    assert geometry.blow_up > _MAX_BLOW_UP
+    ours, theirs = (
+        jax.jit(functools.partial(value_and_transposes, functools.partial(fn, geometry=geometry)))
+        for fn in (convolve, native)
+    )
+    assert_close(ours(images, kernel), theirs(images, kernel), 1e-5)
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])

@@ -437,6 +437,17 @@ def test_refused_contents(seven, change, error, message):
 
 
 @pytest.mark.parametrize(
+    ("one", "other"), [("Cat", "cat"), ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\u0301")]
+)
+def test_one_class_by_two_names_is_refused(seven, one, other):
+    given(train=3, test=3)(seven)
+    for split, name in (("train", one), ("test", other)):
+        shutil.move(next((seven / split).iterdir()), seven / split / name)
+    with pytest.raises(ValueError, match=f"the class {one} in two splits, expected every class in"):
+        image_folder(seven, size=4)
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"size": 0}, ValueError, "size=0 must be a whole number of at least 1"),

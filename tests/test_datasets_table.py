@@ -184,6 +184,12 @@ REFUSED = {
         {"features": ["dose"]},
         "line 2: day is '2026_1_2', expected a number or a date such as 2026-01-31",
     ),
+    "a date with a zone among those without": (
+        ["1,2026-01-02T10:00,3,4", "1,2026-01-02T11:00+10:00,3,4"],
+        {},
+        {"features": ["dose"]},
+        "line 3: day is '2026-01-02T11:00+10:00', expected a date such as 2026-01-31, without a",
+    ),
     "a mark for no value": ([ROW, "1,2,-1.797e308,4"], {}, {}, "and nothing for no value)"),
     "no date": (["1,Monday,3,4"], {}, {"features": ["dose"]}, "line 2: day is 'Monday', expected"),
     "a date among numbers": (
@@ -196,7 +202,7 @@ REFUSED = {
         ["1,2026-01-02,3,4", "1,2026-01-03,3,4", "1,20260104,3,4"],
         {},
         {"features": ["dose"]},
-        "line 4: day is '20260104', expected a date such as 2026-01-31, as in the first row",
+        "line 4: day is '20260104', expected a date such as 2026-01-31, without a time zone as in",
     ),
     "a short row": ([ROW, "1,2,3"], {}, {}, "line 3: 3 cells, but the header has 4"),
     "a quote without end": (['1,"2,3,4'], {}, {}, "is no CSV file"),
@@ -209,6 +215,12 @@ REFUSED = {
         {},
         {},
         "score is 7 in all rows to train on: there is nothing to predict",
+    ),
+    "a mark that float32 cannot hold": (
+        [f"{p},{day},{day},{day}" for p in range(6) for day in range(5)] + ["2,5,9e99,5"],
+        {},
+        {},
+        "line 32: dose is '9e99', ",
     ),
     "an empty feature": (
         [f"{p},{day},,{day}" for p in range(6) for day in range(5)],

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 import fomaml_jax as fj
 
@@ -33,6 +34,11 @@ def test_the_first_rows_are_given_and_all_later_ones_asked_for():
         np.testing.assert_array_equal(asked, 10 * group + np.arange(3, COUNTS[group]))
         assert weights.sum() == COUNTS[group] - 3
     assert seen == {0, 1, 2}
+
+
+def test_every_group_is_as_likely_however_many_rows_it_has():
+    drawn = [int(group) for group, *_ in draws(300)]
+    assert scipy.stats.chisquare(np.bincount(drawn, minlength=3)).pvalue > 0.01
 
 
 def test_a_few_of_the_later_rows_at_random():
@@ -141,7 +147,7 @@ WRONG = {
     "no queries": ((X, COUNTS), {"queries": 0}, "queries must be an integer of at least 1, got 0"),
     "an unknown support": ((X, COUNTS), {"support": "last"}, "support must be one of 'first', "),
     "a missing value in few bits": (
-        (jnp.asarray(BROKEN, jnp.bfloat16), COUNTS),
+        (BROKEN.astype(jnp.bfloat16), COUNTS),
         {},
         r"rows\[0, 1\] is not finite",
     ),
@@ -149,6 +155,11 @@ WRONG = {
         (1e300 * X.astype(np.float64), COUNTS),
         {},
         r"rows\[0, .\] is not finite",
+    ),
+    "milliseconds since 1970": (
+        (X.astype(np.int64) + 1_767_225_600_000, COUNTS),
+        {},
+        r"rows\[0, 0\] is beyond int32, so shift or scale all of them first \(",
     ),
     "a missing value": ((BROKEN, COUNTS), {}, r"rows\[0, 1\] is not finite \(3 rows in all\)"),
 }

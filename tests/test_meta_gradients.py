@@ -261,6 +261,41 @@ def test_optimizers_that_need_the_loss():
         assert network(adapted, task.support) < info.losses[0]
 
 
+@pytest.mark.usefixtures("float64", "standard_promotion")
+@pytest.mark.parametrize("moved", ["ab", "a"])
+@pytest.mark.parametrize("most", [10.0, 0.3])
+def test_polyak_steps_are_told_the_loss(most, moved):
+    """They are `min(most, loss / |gradient| ** 2)`, of the gradient in what is adapted alone."""
+    params, task = quadratic_problem()
+    trainable = {name: name in moved for name in params}
+    polyak = optax.polyak_sgd(max_learning_rate=most)
+    adapted, _ = fj.adapt(quadratic, params, task.support, polyak, 3, trainable=trainable)
+    expected = params
+    for _ in range(3):
+        loss, grads = jax.value_and_grad(quadratic)(expected, task.support)
+        grads = {name: g if name in moved else 0 * g for name, g in grads.items()}
+        rate = jnp.minimum(most, loss / optax.tree.norm(grads, squared=True))
+        expected = jax.tree.map(lambda p, g, rate=rate: p - rate * g, expected, grads)
+    assert_close(adapted, expected)
+
+
+@pytest.mark.usefixtures("float64", "standard_promotion")
+@pytest.mark.parametrize("moved", ["ab", "a"])
+def test_a_line_search_sees_the_loss_along_the_line(moved):
+    """A step of 3.6 leads away from the centre of a quadratic, half of it to 0.8 beyond."""
+    params, task = quadratic_problem()
+    search = optax.scale_by_backtracking_linesearch(
+        10, slope_rtol=0.05, decrease_factor=0.5, increase_factor=2.0
+    )
+    adapted, _ = fj.adapt(
+        quadratic, params, task.support, optax.chain(optax.sgd(3.6), search), 3,
+        trainable={name: name in moved for name in params},
+    )  # fmt: skip
+    for name, centre in task.support.items():
+        shrunk = (-0.8) ** 3 if name in moved else 1
+        assert_close(adapted[name], centre + shrunk * (params[name] - centre))
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("num_steps", [0, 2])
 def test_what_fomaml_returns_has_the_derivatives_of_what_it_computes(num_steps):

@@ -43,13 +43,15 @@ def shown(losses, *, tasks_per_step=50, **options):
 
 
 def test_draws_are_uniform_over_the_last_tasks():
-    counts, _, _ = shown(np.ones(40), capacity=8, steps_per_arrival=3, detector=QUIET)
+    losses = np.random.default_rng(0).random(40)  # their mean tells which tasks it is of
+    counts, arrival, _ = shown(losses, capacity=8, steps_per_arrival=3, detector=QUIET)
     for i, row in enumerate(counts):
         remembered = np.arange(max(0, i - 7), i + 1)
         assert row.sum() == row[remembered].sum() == 150
     ages = np.stack([counts[i, i - 7 : i + 1] for i in range(7, 40)]).sum(0)
     assert scipy.stats.chisquare(ages).pvalue > 0.01
     assert len({tuple(counts[i, i - 7 : i + 1]) for i in range(7, 40)}) == 33  # drawn afresh
+    assert all(len(set(means)) == 3 for means in arrival.steps.loss[7:].tolist())  # each step too
 
 
 def test_a_jump_makes_it_forget_the_tasks_before():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import OPTIMIZERS, assert_close, every, network, network_problem, one
+from problems import OPTIMIZERS, assert_close, every, network, network_problem, one, quadratic
 
 import fomaml_jax as fj
 
@@ -41,6 +41,17 @@ def test_gradients_may_come_in_any_form():
     grads, _ = fj.maml(network, optax.sgd(0.1), 2)(params, one(tasks))
     assert fj.check_order(*args, grads).verdict == "second"
     assert fj.check_order(*args, lambda params, task: grads).verdict == "second"
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "verdict"), [(0.005, "neither"), (0.02, "first"), (0.2, "either")]
+)
+def test_agreement_is_within_the_tolerance(tolerance, verdict):
+    given = quadratic, jnp.zeros(2), fj.Task(jnp.ones(2), -jnp.ones(2)), optax.sgd(0.1), 1
+    by_hand = jnp.full(2, 0.1 - -1.0)  # second order has a factor of 0.9 more
+    order = fj.check_order(*given, 1.01 * by_hand, tolerance=tolerance)
+    assert order.verdict == verdict
+    np.testing.assert_allclose((order.to_first, order.to_second), (0.01, 0.11 / 0.9), rtol=1e-3)
 
 
 def test_the_librarys_own_is_first_order_and_says_so():

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from problems import assert_close, network, network_problem, one
 
 import fomaml_jax as fj
+from fomaml_jax import parallel
 
 FOMAML = fj.fomaml(network, optax.sgd(0.1), 3)
 plans = pytest.mark.parametrize("tasks_at_once", [1, 2, 3, 7, None, "auto"])
@@ -93,6 +94,12 @@ def test_memory_does_not_grow_with_the_number_of_sampled_tasks():
         return jax.jit(step).lower(params, keys).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(64) <= 1.05 * temporary_bytes(8)
+
+
+@pytest.mark.parametrize(("backend", "size"), [("cpu", 1), ("gpu", 7), ("tpu", 7)])
+def test_auto_is_one_task_at_once_on_cpu_and_all_elsewhere(monkeypatch, backend, size):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert parallel.resolve("auto", 7) == size
 
 
 @pytest.mark.usefixtures("float64")

@@ -89,6 +89,12 @@ def test_numpy_batches_are_cast_too():
     assert seen == ("bfloat16", "bfloat16")
 
 
+def test_arguments_given_by_name_are_cast_too():
+    names = fj.compute_in(jnp.bfloat16, lambda w, x, n: (w.dtype.name, x.dtype.name, n.dtype.name))
+    found = names(jnp.ones(2), x=jnp.ones(2), n=jnp.arange(2))
+    assert found == ("bfloat16", "bfloat16", "int32")
+
+
 def test_the_state_of_a_loss_stays_in_full():
     """A running average that is moved by less than bfloat16 tells apart, and a count beyond 256."""
 

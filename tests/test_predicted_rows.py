@@ -14,6 +14,7 @@ from command_line import TINY, call, trained
 
 import fomaml_jax as fj
 from fomaml_jax import options, problems
+from fomaml_jax.commands import predicted_rows
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -198,7 +199,17 @@ def test_a_known_row_that_throws_its_group_off_is_told(run, tmp_path):
     done, _ = predicted(run, tmp_path, rows)
     assert done.code == 2
     assert "yield is 1e+39 in a row" in done.err
-    assert "adaptation to 'b' diverged: look at its known rows" in done.err
+    assert "leave the cell empty if it has no value" in done.err
+
+
+def test_adaptation_that_diverges_is_told(run, tmp_path):
+    regressor = fj.load_regressor(run.folder)
+    wild = dataclasses.replace(regressor.chosen, inner_rate=1e30)
+    rows = [["b", "2001", "1", "", "3"], ["b", "2002", "1", "", ""]]
+    asked = {"group": "plot", "target": "yield", "features": ("rain", "year")}
+    found = fj.datasets.few_rows(write(tmp_path / "new.csv", rows), **asked)
+    with pytest.raises(ValueError, match="adaptation to 'b' diverged: look at its known rows"):
+        predicted_rows.predictions(dataclasses.replace(regressor, chosen=wild), found)
 
 
 ROW = ["a", "2001", "1", "", ""]
@@ -272,6 +283,18 @@ def test_columns_and_choices_are_checked(how, line, tmp_path):
     asked = {"group": "plot", "target": "yield", "features": ["rain"]} | how
     with pytest.raises(ValueError, match=line):
         fj.datasets.few_rows(file, **asked)
+
+
+def test_nothing_known_may_be_an_empty_list_and_what_is_infinite_or_negative_is_refused(run):
+    predict = fj.load_regressor(run.folder).predict
+    nothing, row = ([], []), [[1.0, 2.0]]
+    np.testing.assert_array_equal(predict(nothing, row), predict((np.zeros((0, 2)), []), row))
+    assert np.isfinite(predict(nothing, [[np.nan, 2.0]])).all()
+    for known, asked in (((row, [1.0]), [[np.inf, 2.0]]), (([[-np.inf, 2.0]], [1.0]), row)):
+        with pytest.raises(ValueError, match="rows hold an infinite feature; pass NaN for one"):
+            predict(known, asked)
+    with pytest.raises(ValueError, match="weights must be at least 0"):
+        predict((2 * row, [1.0, 2.0]), row, weights=[-1.0, 1.0])
 
 
 def test_weights_are_one_a_known_row(run):

@@ -313,6 +313,22 @@ def test_the_outer_rate_decays_to_a_hundredth():
     assert rates == sorted(rates, reverse=True)
 
 
+@pytest.mark.makes_nans
+@pytest.mark.usefixtures("standard_promotion")
+def test_so_many_updates_in_a_row_that_are_not_finite_are_left_out():
+    optimizer = problems.build(options.Sinusoid(apply_if_finite=2)).outer(10)
+    good, bad = jnp.ones(2), jnp.array([1.0, jnp.nan])
+    state, update = optimizer.init(good), jax.jit(optimizer.update)
+    moved = []
+    for grads in (bad, bad, good, bad, bad, bad):
+        by, state = update(grads, state)
+        moved.append(np.asarray(by))
+    for skipped in (0, 1, 3, 4):
+        assert not moved[skipped].any()
+    assert (moved[2] < 0).all()  # what was left out has not spoilt Adam's moments
+    assert np.isnan(moved[5]).any()  # with the third in a row it gives in
+
+
 # The tasks: what is asked of `episodes`, whose own tests show what it gives.
 
 

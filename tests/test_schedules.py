@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_close, network, network_problem
+from problems import assert_close, network, network_problem, quadratic
 
 import fomaml_jax as fj
 
@@ -44,6 +44,20 @@ def test_first_order_then_second_in_one_run():
             learner = fj.meta_learner(orders[step >= 2], optax.adam(0.01))
             by_hand, _ = learner.step(by_hand, tasks)
     assert_close(state, by_hand)
+
+
+@pytest.mark.makes_nans
+@pytest.mark.parametrize("of_first", ["skip", "propagate"])
+@pytest.mark.parametrize("of_second", ["skip", "propagate"])
+def test_annealing_hides_nothing_that_its_order_is_to_propagate(of_first, of_second):
+    first = fj.over_tasks(fj.fomaml(quadratic, optax.sgd(0.1), 1), on_nonfinite=of_first)
+    second = fj.over_tasks(fj.maml(quadratic, optax.sgd(0.1), 1), on_nonfinite=of_second)
+    learner = fj.scheduled_learner(
+        fj.schedules.first_then_second_order(first, second, 0), optax.sgd(0.1)
+    )
+    broken = jnp.full((2, 3), jnp.nan)
+    state, _ = jax.jit(learner.step)(learner.init(jnp.ones(3)), fj.Task(broken, broken))
+    assert np.isnan(state.params).all() == (of_second == "propagate")
 
 
 @pytest.mark.usefixtures("float64")

@@ -46,6 +46,49 @@ def test_the_state_goes_from_step_to_step_and_back_to_the_shared_one(name, keyed
     assert_close(grads.state, 1 - last)
 
 
+def growing(params, centre, state, key):
+    """A loss that the state scales; and a state that the parameters make."""
+    return jnp.sum((params - centre) ** 2) * (1 + state), (state + params.sum(), None)
+
+
+def grown(params, state, centre, stop):
+    """Parameters and state after `STEPS` of `growing` by hand, with `stop` on what is constant."""
+    for _ in range(STEPS):
+        grads = 2 * (params - centre) * (1 + state)
+        params, state = params - 0.1 * stop(grads), stop(state + params.sum())
+    return params, state
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("first_order", [True, False])
+def test_what_a_state_was_computed_from_is_differentiated_in_second_order_alone(first_order):
+    params, state = jnp.array([0.3, -0.2]), jnp.array(0.5)
+    task = fj.Task(jnp.array([1.0, -0.5]), jnp.array([-1.0, 0.4]))
+    stop = jax.lax.stop_gradient if first_order else lambda x: x
+
+    by_hand = lambda params, state: grown(params, state, task.support, stop)
+
+    def query_loss(params):
+        end, last = by_hand(params, state)
+        return growing(end, task.query, last, None)[0]
+
+    def adapted(params, state):
+        end, info = fj.adapt(
+            growing, params, task.support, optax.sgd(0.1), STEPS,
+            first_order=first_order, has_state=True, state=state,
+        )  # fmt: skip
+        return end, info.state
+
+    assert_close(jax.jit(adapted)(params, state), by_hand(params, state))
+    found, expected = (jax.jit(jax.jacrev(f, (0, 1)))(params, state) for f in (adapted, by_hand))
+    assert_close(found, expected)
+    algorithm = fj.fomaml if first_order else fj.maml
+    meta_gradient = jax.jit(algorithm(growing, optax.sgd(0.1), STEPS, has_state=True))
+    grads, info = meta_gradient(fj.WithState(params, state), task)
+    loss, expected = jax.jit(jax.value_and_grad(query_loss))(params)
+    assert_close((info.query_loss, grads.params), (loss, expected))
+
+
 def test_the_state_of_multi_step_losses_sees_one_query_batch_alone():
     shared, tasks = problem()
     weights = jnp.full(STEPS, 1 / STEPS)

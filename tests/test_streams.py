@@ -79,6 +79,14 @@ def test_drift_begins_anew_from_each_jump():
     np.testing.assert_allclose(np.median(steps), 0.002, atol=1e-5)
 
 
+def test_a_number_drifts_up_from_one_half_of_its_places_and_down_from_the_other():
+    path = fj.tasks.drift_and_jumps(0.0, 1.0, drift=0.01)
+    keys = jax.random.split(KEY, 2000)
+    before, after = (jax.vmap(lambda key, i=i: path(key, i))(keys) for i in (0, 1))
+    assert 0.45 < (after > before).mean() < 0.55
+    assert scipy.stats.kstest(np.asarray(before), "uniform").pvalue > 0.01
+
+
 def test_equal_ends_stay():
     path = fj.tasks.drift_and_jumps(Waves(1.0, 0.0), Waves(4.0, 6.0), drift=0.1, jump_every=3)
     context = jax.vmap(lambda i: path(KEY, i))(jnp.arange(50))
@@ -89,9 +97,12 @@ def test_equal_ends_stay():
 
 def test_waves_have_their_numbers_within_the_spread_of_the_centre():
     centre = Waves(amplitude=3.0, phase=1.0, frequency=1.5, level=-2.0)
-    family = fj.tasks.sine_waves(SPREAD._replace(frequency=0.0), shots=6, queries=9)
+    options = {"shots": 6, "queries": 9, "x_range": (-2.0, 7.0)}
+    family = fj.tasks.sine_waves(SPREAD._replace(frequency=0.0), **options)
     tasks = jax.vmap(lambda key: family(key, centre))(jax.random.split(KEY, 2000))
     (x, y), (qx, qy) = jax.device_get(tasks)
+    inputs = np.concatenate([x, qx], 1).ravel()
+    assert scipy.stats.kstest(inputs, scipy.stats.uniform(-2, 9).cdf).pvalue > 0.01
     found = []
     for i in range(200):  # level + (a cos b) sin(wx) - (a sin b) cos(wx)
         basis = np.concatenate([np.ones_like(qx[i]), np.sin(1.5 * qx[i]), -np.cos(1.5 * qx[i])], 1)

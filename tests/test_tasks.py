@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.stats
 
 import fomaml_jax as fj
 
@@ -59,6 +60,8 @@ def test_episodes_may_be_made_under_a_trace(kind):
     with pytest.raises(ValueError, match=r"images\[0, 5\] has pixels that are not finite"):
         jax.jit(lambda key: sample(wrong, key))(key)
     jax.jit(sample)(wrong, key)  # what is not known yet is not looked at
+    with pytest.raises(ValueError, match=r"images\[0, 0\] has pixels that are beyond int32, so"):
+        sample(2**31 + np.asarray(NUMBERED, np.int64), key)
 
 
 @pytest.mark.makes_nans
@@ -177,21 +180,30 @@ def test_random_affine_refuses_what_could_turn_a_picture_inside_out(most):
         fj.tasks.random_affine(most)
 
 
-def test_sinusoid_draws_from_its_ranges():
-    sample_task = fj.tasks.sinusoid(shots=5, queries=7)
-    tasks = jax.vmap(sample_task)(jax.random.split(jax.random.key(0), 5000))
+DEFAULTS = {"amplitude": (0.1, 5.0), "phase": (0.0, np.pi), "x_range": (-5.0, 5.0)}
+OTHERS = {"amplitude": (1.0, 1.5), "phase": (-0.5, 1.0), "x_range": (2.0, 6.0)}
+
+
+@pytest.mark.parametrize(("given", "ranges"), [({}, DEFAULTS), (OTHERS, OTHERS)])
+def test_sinusoid_draws_from_its_ranges(given, ranges):
+    sample_task = fj.tasks.sinusoid(shots=5, queries=7, **given)
+    tasks = jax.vmap(sample_task)(jax.random.split(jax.random.key(0), 500))
     (x, y), (qx, qy) = jax.device_get(tasks)
-    assert x.shape == (5000, 5, 1)
-    assert qy.shape == (5000, 7, 1)
-    assert x.min() >= -5
-    assert x.max() <= 5
+    assert x.shape == (500, 5, 1)
+    assert qy.shape == (500, 7, 1)
+    found = {"amplitude": [], "phase": [], "x_range": np.concatenate([x, qx], 1).ravel()}
     # a sin(x - b) = (a cos b) sin x - (a sin b) cos x: fit each task and read off a and b.
-    for task in range(0, 5000, 50):
+    for task in range(500):
         basis = np.concatenate([np.sin(qx[task]), -np.cos(qx[task])], 1)
         (c, s), *_ = np.linalg.lstsq(basis, qy[task, :, 0], rcond=None)
         np.testing.assert_allclose(c * np.sin(x[task]) - s * np.cos(x[task]), y[task], atol=1e-3)
-        assert 0.1 - 1e-3 <= np.hypot(c, s) <= 5 + 1e-3
-        assert -1e-3 <= np.arctan2(s, c) <= np.pi + 1e-3
+        found["amplitude"].append(np.hypot(c, s))
+        found["phase"].append(np.arctan2(s, c))
+    for name, (low, high) in ranges.items():
+        assert low - 1e-3 <= np.min(found[name])
+        assert np.max(found[name]) <= high + 1e-3
+        uniform = scipy.stats.uniform(low, high - low)
+        assert scipy.stats.kstest(found[name], uniform.cdf).pvalue > 0.01
 
 
 def test_task_keys_depend_on_seed_step_and_place_alone():

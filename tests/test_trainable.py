@@ -79,6 +79,36 @@ def test_no_optimizer_state_for_what_is_frozen():
     assert {"w1": None, "b1": None, "w2": (8, 1), "b2": (1,)} in shapes
 
 
+@pytest.mark.parametrize("algorithm", [fj.fomaml, fj.maml])
+def test_an_optimizer_made_for_what_is_adapted(algorithm):
+    params, tasks = network_problem(1)
+    head = {"w1": None, "b1": None, "w2": "weights", "b2": "bias"}
+    rates = {"weights": 0.1, "bias": 0.2}
+    expected, _ = algorithm(
+        network,
+        optax.partition(
+            {n: optax.sgd(r) for n, r in rates.items()}, head | {"w1": "bias", "b1": "bias"}
+        ),
+        3,
+        trainable=HEAD,
+    )(params, one(tasks))
+    of_the_head = jax.tree.map(rates.get, head)
+    for inner in (
+        optax.partition({n: optax.sgd(r) for n, r in rates.items()}, head),
+        fj.rates.scale_by_rates(of_the_head),
+    ):
+        found, _ = algorithm(network, inner, 3, trainable=HEAD)(params, one(tasks))
+        assert_close(found, expected, 1e-6)
+
+
+def test_a_rate_that_is_missing_is_refused():
+    params, tasks = network_problem(1)
+    rates = {"w1": None, "b1": None, "w2": 0.1, "b2": None}
+    inner = fj.rates.scale_by_rates(rates)
+    with pytest.raises(ValueError, match=r"^rates\['b2'\] is None, but that parameter is adapted"):
+        fj.adapt(network, params, one(tasks).support, inner, 1, trainable=HEAD)
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_optimizers_that_need_the_loss():
     params, tasks = network_problem(1)

@@ -60,6 +60,21 @@ def test_tries_every_form_and_size_and_computes_the_same():
     assert sum(line.startswith(">") for line in lines) == 1
 
 
+def test_small_tasks_are_not_judged_by_what_a_call_takes(monkeypatch):
+    """Two of 256 take nearly as long as all of them."""
+    params, tasks = vector_tasks(256)
+    forms = {name: fj.fomaml(quadratic, optax.sgd(0.1), 1) for name in ("first", "second")}
+
+    def measure(self, variant, size, tasks, repeats=1):
+        self._programs[variant, size] = lambda: (variant, size)
+        seconds = 1e-4 + 1e-6 * len(tasks.query) / (1 if variant == "first" else 2)
+        return tuning.Trial(variant, size, seconds, 0.0, 0)
+
+    monkeypatch.setattr(tuning._Search, "_measure", measure)
+    monkeypatch.setattr(tuning, "_seconds", lambda program: 1.0 + (program()[0] == "first"))
+    assert fj.tune(forms, params, tasks).variant == "second"
+
+
 def test_the_fastest_is_chosen(monkeypatch):
     seconds = {"slow": 3.0, "fast": 1.0, "middling": 2.0}
     params, tasks = vector_tasks(4)

@@ -28,7 +28,7 @@ def image_task(seed, shots, queries):
     return fj.Task(batch(shots), batch(queries))
 
 
-PARAMS = NET.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+PARAMS = jax.jit(NET.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
 FOMAML = jax.jit(fj.fomaml(image_loss, optax.sgd(0.1), 2))
 
 

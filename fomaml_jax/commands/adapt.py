@@ -100,7 +100,13 @@ def _support(folder: Path, found: Pictures) -> Pictures:
     for file, image in zip(found.files, found.images, strict=True):
         if (other := first.setdefault(image.tobytes(), file)) is not file:
             # A copy that is held out would be known by its twin, and put the threshold too high.
-            raise ValueError(f"{other} and {file} are the same picture: remove one of them")
+            size = " x ".join(map(str, image.shape[:2]))
+            same = (
+                "the same picture"
+                if other.read_bytes() == file.read_bytes()
+                else f"the same at {size} pixels, drawings without their place and size on paper"
+            )
+            raise ValueError(f"{other} and {file} are {same}: remove one of them")
     return found
 
 

@@ -49,7 +49,7 @@ class Evaluate:
     file: Path | None = None
     """Where the table is now; where it was unless given."""
     duplicates: Literal["refuse", "keep"] | None = None
-    """The same file in two splits; as in the run unless given."""
+    """The same file in two splits or twice in a class; as in the run unless given."""
     offline: bool = False
     """Never download."""
     compilation_cache: Path | None = None

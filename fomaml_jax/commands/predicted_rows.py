@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from fomaml_jax import runs
 from fomaml_jax.commands.endings import plain_warnings, refusing, say
 from fomaml_jax.commands.words import parse
-from fomaml_jax.datasets import FewRows, few_rows
+from fomaml_jax.datasets import FURTHEST, FewRows, few_rows
 from fomaml_jax.devices import keep_compiled_programs
 from fomaml_jax.labels import caveat
 from fomaml_jax.regressors import Regressor, load_regressor
@@ -112,12 +112,14 @@ def _tell_of_other_units(regressor: Regressor, found: FewRows) -> None:
     for name, column, mean, scale in zip(
         names, columns, regressor.mean, regressor.scale, strict=True
     ):
-        far = np.abs(column - mean) > FAR * scale
+        far, too_far = (np.abs(column - mean) > limit * scale for limit in (FAR, FURTHEST))
         if scale > 0 and far.any():
-            say(
-                f"fomaml-jax: {name} is {column[far][0]:g} in a row, where it was "
-                f"{mean:.4g} ± {scale:.2g} in training: is it in the same unit?"
-            )
+            value = column[too_far if too_far.any() else far][0]
+            seen = f"{mean:.4g} ± {scale:.2g}"
+            told = f"{name} is {value:g} in a row, where it was {seen} in training"
+            if too_far.any():
+                raise ValueError(f"{told}: leave the cell empty if it has no value")
+            say(f"fomaml-jax: {told}: is it in the same unit?")
 
 
 def decimals_for(scale: float) -> int:

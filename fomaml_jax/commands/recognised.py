@@ -38,7 +38,7 @@ def judged(adapted: AdaptedClassifier, rows: list[dict[str, Any]]) -> dict[str, 
 
 
 def known_already(adapted: AdaptedClassifier, found: Pictures) -> list[bool]:
-    """Which query pictures are support pictures too."""
+    """Which query pictures are support pictures too, or the same to the network."""
     support = {x.tobytes() for x in np.asarray(adapted.support[0])}
     return [x.tobytes() in support for x in found.images]
 
@@ -86,7 +86,8 @@ def told(
     if len(rows) > PRINTED:
         lines.append(f"  and {len(rows) - PRINTED} more")
     if again := sum(row["in_support"] for row in rows):
-        lines.append(f"\n{again} of them are support pictures too, which prove nothing")
+        which = "support pictures too, or the same to the network: none counts"
+        lines.append(f"\n{again} of them are {which}")
     if accuracy := judged(adapted, rows):
         lines += ["", *_accuracy_in_words(accuracy)]
     return "\n".join(lines)

@@ -5,10 +5,11 @@ from fomaml_jax.datasets._few_rows import FewRows, few_rows
 from fomaml_jax.datasets._glyphs import glyphs
 from fomaml_jax.datasets._image_folder import image_folder
 from fomaml_jax.datasets._omniglot import omniglot
-from fomaml_jax.datasets._table import Table, table
+from fomaml_jax.datasets._table import FURTHEST, Table, table
 from fomaml_jax.datasets._types import Groups, GroupSplits, ImageClasses, Splits, digest
 
 __all__ = [
+    "FURTHEST",
     "FewRows",
     "GroupSplits",
     "Groups",

@@ -1,6 +1,7 @@
 """Which pictures belong to which class, and which classes to which split."""
 
 import itertools
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -96,9 +97,15 @@ def _check_count(folder: Path, classes: Files, needed: int, reason: str) -> None
         )
 
 
+def _plain(name: str) -> str:
+    """The name whatever its case, and however its accents are stored."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
 def _check_apart(folder: Path, *splits: Files) -> None:
     for one, other in itertools.combinations(splits, 2):
-        for name in sorted(one.keys() & other.keys()):
+        others = set(map(_plain, other))
+        for name in sorted(name for name in one if _plain(name) in others):
             raise ValueError(
                 f"{folder} holds the class {name} in two splits, expected every class in one: keep"
                 " all class folders in one folder and pass that, to have whole classes dealt out"

@@ -60,9 +60,19 @@ class Columns:
         cells = [cell for cell in self.text(name) if cell.lower() not in MISSING]
         if cells and _is_number(cells[0]):
             return self._parsed(name, _number, "a number, as in the first row")
-        if cells and any(map(_is_number, cells)):  # such as 20260131 among dates
-            return self._parsed(name, _date, "a date such as 2026-01-31, as in the first row")
-        return self._parsed(name, _date, "a number or a date such as 2026-01-31")
+        if not cells or not _is_date(cells[0]):
+            return self._parsed(name, _date, "a number or a date such as 2026-01-31")
+        zoned = _has_zone(cells[0])
+
+        def date(cell: str) -> float:
+            if _has_zone(cell) != zoned:  # nobody knows which of the two is earlier
+                raise ValueError(cell)
+            return _date(cell)
+
+        zone = "with" if zoned else "without"
+        return self._parsed(
+            name, date, f"a date such as 2026-01-31, {zone} a time zone as in the first row"
+        )
 
     def _parsed(self, name: str, parse, expected: str) -> np.ndarray:
         found = np.full(len(self.cells), np.nan)
@@ -87,18 +97,28 @@ def _number(cell: str) -> float:
 
 
 def _is_number(cell: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         _number(cell)
-    except ValueError:
-        return False
-    return True
+        return True
+    return False
+
+
+def _is_date(cell: str) -> bool:
+    with contextlib.suppress(ValueError):
+        _date(cell)
+        return True
+    return False
+
+
+def _has_zone(cell: str) -> bool:
+    return _is_date(cell) and datetime.datetime.fromisoformat(cell).tzinfo is not None
 
 
 def _date(cell: str) -> float:
-    if _is_number(cell):  # which `fromisoformat` may read as a date, as in no other row
+    if _is_number(cell):  # such as 20260131, which `fromisoformat` reads as a date
         raise ValueError(cell)
     moment = datetime.datetime.fromisoformat(cell)
-    # A date without a zone is counted as of one, that of no place: what matters is the order.
+    # Dates without a zone are counted as of one, that of no place: what matters is the order.
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
 
 

@@ -11,6 +11,9 @@ from fomaml_jax.datasets._checks import check_choice, check_rows_fit, names_of, 
 from fomaml_jax.datasets._csv_file import MISSING, Columns
 from fomaml_jax.datasets._types import Groups, GroupSplits
 
+FURTHEST = 1e15
+"""Standard deviations from the mean, whose squares float32 still sums."""
+
 
 class Table(NamedTuple):
     """A table as tasks.
@@ -110,6 +113,7 @@ def table(
     trained_on = values[np.concatenate([rows[name] for name in splits[0]])]
     mean, scale = _standard(trained_on, columns)
     standard = np.where(scale > 0, (values - mean) / np.where(scale > 0, scale, 1.0), 0.0)
+    _check_near(file, columns, standard, np.concatenate(list(rows.values())))
     filled = np.isnan(standard)
     if count := int(filled[np.concatenate(list(rows.values()))].sum()):
         _say(f"{count} missing cells have the mean of the training groups")
@@ -222,6 +226,20 @@ def _standard(rows: np.ndarray, columns: Sequence[str]) -> tuple[np.ndarray, np.
     for name in np.array(columns)[constant].tolist():
         _say(f"{name} is the same in all rows to train on, and says nothing")
     return mean, np.where(constant, 0.0, scale)
+
+
+def _check_near(
+    file: Columns, columns: Sequence[str], standard: np.ndarray, used: np.ndarray
+) -> None:
+    """Refuses what is so far from training that it can only stand for no value."""
+    rows, places = np.nonzero(np.abs(standard[used]) > FURTHEST)
+    if len(rows):
+        row, name = int(used[rows[0]]), columns[int(places[0])]
+        raise ValueError(
+            f"{file.path}, line {file.lines[row]}: {name} is {file.text(name)[row]!r}, "
+            f"{np.abs(standard[row, places[0]]):.0e} standard deviations from the rows to train on:"
+            " leave the cell empty if it has no value"
+        )
 
 
 def _packed(standard: np.ndarray, groups: dict[str, np.ndarray]) -> Groups:
