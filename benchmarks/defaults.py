@@ -18,6 +18,8 @@ from typing import Any
 
 import common
 
+from fomaml_jax.devices import use_every_core
+
 COMMANDS = {
     "glyphs, unseen scripts, 5-way 1-shot": "train",
     "Omniglot, Vinyals test characters, 5-way 1-shot": "train omniglot",
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--options", default="", help="more for every command, such as '--steps 9'")
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
+    use_every_core()  # as the commands do
     out = asked.out or common.RESULTS / "defaults-cpu.json"
     rows: list[dict[str, Any]] = []
     for tasks, command in COMMANDS.items():

@@ -83,8 +83,8 @@ def _update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> Cl
 def _factors(closed: ClosedJaxpr):
     """The numbers known while tracing that a product in the jaxpr multiplies by."""
     known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    # What may not be taken, such as a norm clipped to infinity, says nothing.
-    selects = (eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "select_n")
+    # What may not be taken says nothing: a norm clipped to infinity, or a line search's first rate.
+    selects = (eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name in ("select_n", "min"))
     optional = {id(x) for eqn in selects for x in eqn.invars}
     for eqn in closed.jaxpr.eqns:
         for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_closed_jaxpr):

@@ -30,9 +30,14 @@ def native(images, kernel, geometry):
 
 
 def problem(
-    shape, out_channels, strides=(1, 1), padding=PADDINGS[0], dilation=(1, 1), dtype=None,
+    shape,
+    out_channels,
+    strides=(1, 1),
+    padding=PADDINGS[0],
+    dilation=(1, 1),
+    dtype=None,
     window=(3, 3),
-):  # fmt: skip
+):
     images = array(*shape, dtype=dtype)
     kernel = array(*window, shape[-1], out_channels, seed=1, dtype=dtype)
     return images, kernel, Geometry(shape[1:-1], window, strides, padding, dilation)

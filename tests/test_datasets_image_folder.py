@@ -217,6 +217,15 @@ def test_twelve_bits_in_sixteen_are_said_to_be_dark(tmp_path):
     np.testing.assert_array_equal(image[..., 0], gradient() >> 12)
 
 
+def test_many_dark_files_are_warned_of_once(seven):
+    dark = Image.fromarray(gradient() >> 4)
+    for file in sorted(seven.rglob("*.png"))[:3]:
+        dark.save(file)
+    with pytest.warns(UserWarning, match=r"full range \(and 2 more such files\)$") as said:
+        image_folder(seven, size=4, validation=0, test=0, duplicates="keep")
+    assert len(said) == 1
+
+
 def test_colours_that_cannot_be_converted_are_refused_by_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"x\.tif cannot be read as an image"):
         read(tmp_path, "x.tif", Image.new("LAB", (16, 16)), channels=1)

@@ -1,12 +1,13 @@
 """The user's own pictures: one folder a class."""
 
+import contextlib
 import hashlib
 import itertools
 import logging
 import numbers
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -144,7 +145,7 @@ def _read_classes(files: Files, size: int, channels: int, skip: bool) -> _Read:
 
     places = [(c, e) for c, count in enumerate(counts) for e in range(count)]
     # Pillow decodes and resizes without the interpreter's lock.
-    with without_bomb_warnings(), ThreadPoolExecutor() as pool:
+    with _warning_once(), without_bomb_warnings(), ThreadPoolExecutor() as pool:
         found = list(pool.map(read, places, itertools.chain(*files.values())))
     left_out = [one for one in found if isinstance(one, ValueError)]
     if left_out:
@@ -153,6 +154,18 @@ def _read_classes(files: Files, size: int, channels: int, skip: bool) -> _Read:
     for digest, file in (one for one in found if not isinstance(one, ValueError)):
         digests.setdefault(digest, []).append(file)
     return _Read(ImageClasses(images, counts, tuple(files)), digests, left_out)
+
+
+@contextlib.contextmanager
+def _warning_once() -> Iterator[None]:
+    """Of many files that are warned of, one is named, and the others counted."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    messages = sorted(str(warning.message) for warning in said)
+    if messages:
+        more = f" (and {len(messages) - 1} more such files)" if len(messages) > 1 else ""
+        warnings.warn(messages[0] + more, stacklevel=4)
 
 
 def _closed_up(
