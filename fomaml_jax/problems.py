@@ -309,11 +309,7 @@ def _episodes(
             **kwargs,
         )
     except ValueError as error:
-        there = f"of its {len(classes.names)} classes "
-        smallest = classes.names[int(np.argmin(classes.counts))]
-        raise ValueError(
-            f"{name} split: {error}; {there}{smallest} is the smallest (--ways, --shots, --queries)"
-        ) from None
+        raise ValueError(f"{name} split: {error}") from None
 
 
 def _algorithm(chosen: options.ImageOptions, ways: int) -> MetaGradient:
