@@ -163,7 +163,9 @@ def _check_counts(counts: np.ndarray, most: int, shots: int) -> None:
 
 
 def _check_finite(name: str, leaf: Any, counts: np.ndarray) -> None:
-    if isinstance(leaf, Tracer):
+    # Integers and keys of JAX's own are as it keeps them.
+    sure = isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if sure or isinstance(leaf, Tracer):
         return
     real = np.arange(leaf.shape[1]) < counts[:, None]
     finite = refusals.kept_by_jax(np.asarray(leaf)).reshape(*leaf.shape[:2], -1).all(-1)
