@@ -3,7 +3,8 @@
 Each command of the table in README runs in a process of its own, into a folder of its own, and its
 `result.json` is read: 1,000 unseen tasks, mean and 95 % interval, before adaptation and after it,
 and the baselines that the command line puts beside it. Accuracies are transductive. Seconds are the
-command's own from end to end, baselines included, on a machine that may have had other work.
+command's own from end to end, baselines included, on a machine that may have had other work (a dash
+where it was stopped in between).
 """
 
 import argparse
@@ -90,7 +91,7 @@ COLUMNS = {
     "nearest class mean on pixels": lambda row: beside(row, "nearest class mean on pixels"),
     "joint pre-training": lambda row: beside(row, "joint pre-training, fine-tuned"),
     "command": lambda row: f"`fomaml-jax {row['command']}`",
-    "seconds": lambda row: f"{row['seconds']:.0f}",
+    "seconds": lambda row: "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
 }
 
 

@@ -3,6 +3,7 @@
 Sine waves about a centre that wanders slowly and, every 150 tasks or so, is somewhere else at a
 stroke. Six ways to meet them start from the same meta-learned parameters (or from none), with each
 rate the best of its grid on other streams. Run it: python examples/stream.py
+(what is published was written with --out examples/results/stream.json).
 """
 
 import argparse
