@@ -9,6 +9,7 @@ where it was stopped in between).
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import jax
 
 from fomaml_jax.devices import use_every_core
 
@@ -37,7 +39,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/ unless given")
     asked = parser.parse_args()
     use_every_core()  # as the commands do
-    out = asked.out or common.RESULTS / "defaults-cpu.json"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they need the GPU's memory
+    out = asked.out or common.RESULTS / f"defaults-{jax.devices()[0].platform}.json"
     rows: list[dict[str, Any]] = []
     for tasks, command in COMMANDS.items():
         if command not in (asked.commands or [command]):

@@ -32,11 +32,9 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", quick)
     # jax 0.12 no longer knows the flag, is about as quick without, and ends where it is set.
     if "XLA_FLAGS" not in os.environ and jax.__version_info__ < (0, 11):
-        older = "--xla_cpu_use_fusion_emitters=false"
-        # In one part here, where programs are small: in many it takes longer, on all cores.
-        os.environ["XLA_FLAGS"] = f"{older} --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
         jax.jit(lambda: 0)()  # XLA reads its flags once
-        os.environ["XLA_FLAGS"] = f"{older} --xla_backend_optimization_level=1"
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 
 
 compile_quickly()

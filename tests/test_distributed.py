@@ -34,7 +34,7 @@ def start(words, **environment):
     )
 
 
-def ended(process, timeout=400):
+def ended(process, timeout=200):
     said, _ = process.communicate(timeout=timeout)
     return process.returncode, said
 

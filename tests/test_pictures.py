@@ -217,10 +217,8 @@ def test_each_panel_shows_the_wave_its_points_and_the_network_before_and_after(w
         task = jax.jit(problem.test)(jax.random.fold_in(KEY, index))
         wave, *curves, points = axes.lines
         x, y = map(np.ravel, task.query)
-        expected = np.stack([x, y], 1)[np.argsort(x)]
-        np.testing.assert_allclose(wave.get_xydata(), expected, rtol=1e-4, atol=1e-5)
-        given = np.concatenate(task.support, 1)
-        np.testing.assert_allclose(points.get_xydata(), given, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(wave.get_xydata(), np.stack([x, y], 1)[np.argsort(x)])
+        np.testing.assert_allclose(points.get_xydata(), np.concatenate(task.support, 1))
         path = adapt_path(problem.params, task.support)
         for curve, step in zip(curves, (0, 1, 4), strict=True):
             params = jax.tree.map(lambda p, step=step: p[step], path)
