@@ -81,6 +81,7 @@ def adapt(
 
     Returns:
         The adapted parameters, with the structure and dtypes of `params`, and an `AdaptInfo`.
+        Outside of `jax.jit` every call compiles its loop anew.
 
     Raises:
         TypeError: for parameters that are not floating-point arrays, an optimizer that is not one,

@@ -54,7 +54,13 @@ def save_adapted(adapted: AdaptedClassifier, path: str | os.PathLike[str]) -> No
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with runs.replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{ABOUT: np.asarray(json.dumps(about))}, **runs.by_key_path(adapted))
+        arrays: dict[str, Any] = {k: _plain(x) for k, x in runs.by_key_path(adapted).items()}
+        np.savez(file, **{ABOUT: np.asarray(json.dumps(about))}, **arrays)
+
+
+def _plain(x: np.ndarray) -> np.ndarray:
+    """Float32 in place of float64, which JAX computes in where it is asked to."""
+    return x.astype(np.float32) if x.dtype == np.float64 else x
 
 
 def load_adapted(path: str | os.PathLike[str]) -> AdaptedClassifier:

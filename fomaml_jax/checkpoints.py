@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         if final.exists():  # damaged: this step was reached again from an older checkpoint
             _remove(final)
         temporary.rename(final)
-        _flush(folder)
+        flush(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -158,7 +159,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         file.flush()
         os.fsync(file.fileno())
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+        flush(path)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -285,8 +286,10 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until a file or folder is on the disk."""
+    if sys.platform == "win32":  # flushes nothing that is open to read, and opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
 """A few-shot classifier: its network, how it adapts to labelled pictures, and trained ones."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -106,7 +107,7 @@ def cross_entropy(predict: Predict, *, balanced: bool = False) -> LossFn:
 def initial_params(chosen: options.ImageOptions, outputs: int, picture: tuple[int, ...]) -> Params:
     """Parameters of the network, for pictures of this shape."""
     init = jax.jit(network(chosen, outputs).init)
-    return init(jax.random.key(chosen.seed), jnp.zeros((1, *picture)))
+    return init(jax.random.key(chosen.seed), jnp.zeros((1, *picture), jnp.float32))
 
 
 def shared_of(chosen: options.ImageOptions, params: Params) -> Any:
@@ -203,14 +204,9 @@ class Classifier:
             x = Weighted(x, jnp.asarray(weights, x.dtype))  # masks of booleans too
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
-        return adapt(
-            cross_entropy(predictor(self.chosen), balanced=True),
-            start_of(self.chosen, self.params, self._head(ways), ways),
-            (x, jnp.asarray(y)),
-            inner_of(self.chosen, self.params, ways),
-            steps,
-            trainable=moved_of(self.chosen, steps),
-        )[0]
+        return _adapted(
+            self.chosen, tuple(self.picture), ways, int(steps), self.params, (x, jnp.asarray(y))
+        )
 
     def predict(self, adapted: Params, x: Any) -> jax.Array:
         """Logits `[n, ways]` of pictures.
@@ -222,7 +218,7 @@ class Classifier:
                 pictures, each of which is then normalised beside the support set alone.
         """
         x = jax.tree.map(lambda pictures: as_pictures(pictures, self.picture), x)
-        return predictor(self.chosen)(adapted, x)
+        return _logits(self.chosen, adapted, x)
 
     def features(self, x: Any) -> jax.Array:
         """What the network makes of pictures without adaptation, `[n, features]`.
@@ -230,15 +226,11 @@ class Classifier:
         Args:
             x: as for `predict`.
         """
-        size = self._head()["kernel"].shape[0]
+        params = jax.eval_shape(lambda: initial_params(self.chosen, 1, self.picture))
+        size = params["params"][HEAD]["kernel"].shape[0]
         # As logits of a head that gives on what it sees.
         identity = {"kernel": jnp.eye(size), "bias": jnp.zeros(size)}
         return self.predict(with_head(parameters_of(self.params), identity), x)
-
-    def _head(self, ways: int = 1) -> Params:
-        """The shapes of a linear head."""
-        params = jax.eval_shape(lambda: initial_params(self.chosen, ways, self.picture))
-        return params["params"][HEAD]
 
     def _ways(self, x: jax.Array, y: Any, ways: int | None) -> int:
         """The number of classes, once the labels are known to be of these."""
@@ -249,9 +241,8 @@ class Classifier:
         if not len(x):
             raise ValueError("there are no pictures to adapt to; pass at least one")
         traced = isinstance(y, Tracer)
-        y = (
-            y if traced else np.asarray(y)
-        )  # a jax.Array would be traced in a loop that closes over it
+        # A jax.Array would be traced in a loop that closes over it.
+        y = y if traced else np.asarray(y)
         if self.chosen.head == "learned":
             if ways not in (None, self.chosen.ways):
                 raise ValueError(f"the head is learned for {self.chosen.ways} ways, got {ways}")
@@ -267,6 +258,32 @@ class Classifier:
                 f"{np.max(y)}"
             )
         return ways
+
+
+# Both are compiled once for each number of pictures, and not in every call.
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(chosen: options.ImageOptions, adapted: Params, x: Any) -> jax.Array:
+    return predictor(chosen)(adapted, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _adapted(
+    chosen: options.ImageOptions,
+    picture: tuple[int, ...],
+    ways: int,
+    steps: int,
+    shared: Any,
+    support: Batch,
+) -> Params:
+    head = jax.eval_shape(lambda: initial_params(chosen, ways, picture))["params"][HEAD]
+    return adapt(
+        cross_entropy(predictor(chosen), balanced=True),
+        start_of(chosen, shared, head, ways),
+        support,
+        inner_of(chosen, shared, ways),
+        steps,
+        trainable=moved_of(chosen, steps),
+    )[0]
 
 
 def _check_weights(weights: Any, count: int) -> None:

@@ -28,7 +28,7 @@ VALIDATIONS = 20
 """How often training is followed on validation tasks."""
 
 VALIDATION_TASKS = 200
-"""How many tasks follow training: they choose nothing, they draw the curve."""
+"""How many tasks follow training: they draw the curve, and choose nothing but with `--patience`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,10 @@ class StoppedError(Exception):
     def __init__(self, why: str, step: int) -> None:
         super().__init__(f"{why} after step {step}")
         self.why, self.step = why, step
+
+    def __reduce__(self):
+        """As a process pool needs it."""
+        return type(self), (self.why, self.step)
 
 
 def train(

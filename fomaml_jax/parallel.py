@@ -254,7 +254,11 @@ def _warn_of_native_convolutions(meta_gradient: MetaGradient, params: Params, ta
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     if not _may_hold_convolutions(params, one_task):
         return
-    if native_convolutions(jax.make_jaxpr(meta_gradient)(params, one_task)):
+    try:
+        traced = jax.make_jaxpr(meta_gradient)(params, one_task)
+    except NameError:  # of an axis that is not bound outside of the mesh's `shard_map`
+        return
+    if native_convolutions(traced):
         warnings.warn(
             "this loss holds native convolutions, which are several times slower on CPU when "
             "batched over tasks or run in a loop: wrap it, matmul_convolutions(loss_fn)",

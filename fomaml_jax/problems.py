@@ -301,6 +301,13 @@ def _episodes(
     chosen: options.ImageOptions, name: str, splits: Splits, **kwargs: Any
 ) -> TaskDistribution:
     classes: ImageClasses = getattr(splits, name)
+    smallest, shots = int(classes.counts.argmin()), kwargs["shots"]
+    if shots + chosen.queries > classes.counts[smallest]:  # as `episodes` does, but by name
+        raise ValueError(
+            f"{name} split: the class {classes.names[smallest]} has {classes.counts[smallest]} "
+            f"pictures, but shots={shots} plus queries={chosen.queries} are asked of every class; "
+            "ask for fewer, or leave that class out"
+        )
     try:
         return episodes(
             classes.images,

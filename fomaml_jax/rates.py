@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from fomaml_jax import refusals
+from fomaml_jax.dtypes import accumulator
 from fomaml_jax.types import Params
 
 
@@ -89,8 +90,11 @@ def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTr
             rate = jnp.asarray(rate)
             if per_step:
                 rate = rate[jnp.minimum(state.count, rate.shape[0] - 1)]
-            # In the bits of the wider: the rate's gradient is a sum.
-            wide = max(rate.dtype, update.dtype, key=lambda dtype: dtype.itemsize)
+            if not jnp.issubdtype(rate.dtype, jnp.floating):
+                rate = rate.astype(update.dtype)
+            # In the bits of the wider, and of sums: the rate's gradient is one.
+            both = accumulator(rate.dtype), accumulator(update.dtype)
+            wide = max(both, key=lambda dtype: jnp.finfo(dtype).bits)
             return (-rate.astype(wide) * update.astype(wide)).astype(update.dtype)
 
         scaled_updates = jax.tree.map(scaled, updates, rates, is_leaf=refusals.is_absent)

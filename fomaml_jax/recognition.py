@@ -152,11 +152,9 @@ def adapt_classifier(
     y = y.astype(jnp.int32)
     kept = [jnp.ones((1, len(x)), bool), *folds(y, len(names))]
     weights = jnp.concatenate(kept).astype(x.dtype)
-    # All adaptations in one loop, and so in one compiled body: compilation is what takes time here.
-    adaptations = jax.lax.map(
-        lambda w: adapted_with_means(classifier, x, y, w, len(names)), weights
+    params, means, calibration = _adapted(
+        classifier.chosen, tuple(classifier.picture), len(names), classifier.params, (x, y), weights
     )
-    params, means = jax.tree.map(lambda leaf: leaf[0], adaptations)
     return AdaptedClassifier(
         classifier.chosen,
         classifier.picture,
@@ -164,9 +162,27 @@ def adapt_classifier(
         params,
         (jnp.asarray(support[0]), y),
         means,
-        calibrated(classifier.chosen, (x, y), weights, adaptations, len(names)),
+        calibration,
         background or background_of(classifier),
     )
+
+
+# Compiled once for each number of pictures, and not in every call.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _adapted(
+    chosen: options.ImageOptions,
+    picture: tuple[int, ...],
+    ways: int,
+    shared: Any,
+    support: Batch,
+    weights: jax.Array,
+) -> tuple[Params, jax.Array, Calibration]:
+    """The parameters, the classes' means and the threshold; the first of the weights are of all."""
+    classifier, (x, y) = Classifier(chosen, shared, picture), support
+    # All adaptations in one loop, and so in one compiled body: compilation is what takes time here.
+    adaptations = jax.lax.map(lambda w: adapted_with_means(classifier, x, y, w, ways), weights)
+    params, means = jax.tree.map(lambda leaf: leaf[0], adaptations)
+    return params, means, calibrated(chosen, support, weights, adaptations, ways)
 
 
 def background_of(classifier: Classifier) -> Background:

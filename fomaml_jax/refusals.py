@@ -122,6 +122,12 @@ def not_kept(dtype: Any) -> str:
     return f"beyond {jax.dtypes.canonicalize_dtype(dtype)}, so shift or scale all of them first"
 
 
+def check_kept(name: str, values: np.ndarray) -> None:
+    """Refuses numbers that JAX does not keep as they are."""
+    if not kept_by_jax(values).all():
+        raise ValueError(f"{name} holds numbers that are {not_kept(values.dtype)}")
+
+
 def checked_pixels(x: jax.Array) -> jax.Array:
     """The pictures, refusing all but floats."""
     if not jnp.issubdtype(x.dtype, jnp.floating):

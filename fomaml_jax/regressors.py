@@ -1,6 +1,7 @@
 """A few-row regressor of groups: its network, loss and error on padded rows, and trained ones."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -122,8 +123,8 @@ class Regressor:
             support: features `[n, features]` and targets `[n]` of the group's known rows, of which
                 there may be none.
             x: features `[m, features]` of the rows to predict.
-            weights: of the known rows, `[n]`; all alike unless given. A row of weight zero is as if
-                it were not there.
+            weights: of the known rows, `[n]`, in rows: 2 is as if it were there twice, 0 as if it
+                were not; 1 unless given.
             steps: of adaptation, from the level of the known rows on; as in the options unless
                 given.
 
@@ -132,7 +133,8 @@ class Regressor:
 
         Raises:
             ValueError: for rows of another number of features, or with an infinite one, targets or
-                weights of another number than the known rows, or weights below zero.
+                weights of another number than the known rows, targets that are not finite in rows
+                of a weight, or weights below zero.
         """
         (known, y), asked = (_as_array(part) for part in support), _as_array(x)
         if not known.size:
@@ -152,6 +154,7 @@ class Regressor:
                 )
         if not isinstance(weights, Tracer) and not (np.asarray(weights) >= 0).all():
             raise ValueError("weights must be at least 0")
+        _check_targets(y, weights)
         found = self.standardised_targets(
             (self.standardised(known), self.standardised(y, of_target=True)),
             self.standardised(asked),
@@ -166,13 +169,7 @@ class Regressor:
         """`predict`, of what is standardised already."""
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
-        known, targets = support
-        adapted = self.params
-        if len(known):
-            batch = (known, jnp.where(weights > 0, targets, 0.0)), weights
-            start = at_level(self.params, batch)
-            adapted, _ = adapt(squared_error, start, batch, inner_of(self.chosen), steps)
-        return predict(adapted, x)
+        return _predicted(self.chosen, int(steps), self.params, (support, weights), x)
 
     def standardised(self, values: Any, *, of_target: bool = False) -> jax.Array:
         """Features `[..., features]`, or targets `[...]`, in standard deviations from the mean.
@@ -192,9 +189,31 @@ class Regressor:
         return jnp.asarray(space.where(meaningful | of_target, apart, 0.0), jnp.float32)
 
 
+# Compiled once for each number of rows, and not in every call.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _predicted(
+    chosen: options.Table, steps: int, params: Params, support: Batch, x: jax.Array
+) -> jax.Array:
+    (known, targets), weights = support
+    if len(known):
+        batch = (known, jnp.where(weights > 0, targets, 0.0)), weights
+        start = at_level(params, batch)
+        params, _ = adapt(squared_error, start, batch, inner_of(chosen), steps)
+    return predict(params, x)
+
+
 def _check_no_infinity(rows: Any) -> None:
     if not isinstance(rows, Tracer) and np.isinf(np.asarray(rows)).any():
         raise ValueError("rows hold an infinite feature; pass NaN for one that is missing")
+
+
+def _check_targets(targets: Any, weights: Any) -> None:
+    if isinstance(targets, Tracer) or isinstance(weights, Tracer):
+        return
+    if not np.isfinite(np.asarray(targets)[np.asarray(weights) > 0]).all():
+        raise ValueError(
+            "targets must be finite; leave such rows out, or give them a weight of zero"
+        )
 
 
 def _as_array(values: Any) -> Any:

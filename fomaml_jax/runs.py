@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from fomaml_jax import options, processes
-from fomaml_jax.checkpoints import CheckpointError
+from fomaml_jax.checkpoints import CheckpointError, flush
 from fomaml_jax.types import Params
 
 CONFIG = "config.json"
@@ -135,7 +135,13 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
         # Whoever had it before took the file away: then this is no longer the one to hold.
         if _is_at(path, file):
             break
-    stack.callback(lambda: _is_at(path, file) and path.unlink(missing_ok=True))
+    stack.callback(_let_go, path, file)
+
+
+def _let_go(path: Path, file: IO[Any]) -> None:
+    if _is_at(path, file):
+        with contextlib.suppress(PermissionError):  # Windows removes no file that is open
+            path.unlink(missing_ok=True)
 
 
 def _is_at(path: Path, file: IO[Any]) -> bool:
@@ -173,6 +179,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        flush(temporary)  # else the power may fail between the two
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -187,9 +194,16 @@ def write_json(path: Path, value: Any) -> None:
 def versions() -> dict[str, str]:
     """The versions and the device behind a result."""
     names = ("fomaml-jax", "jax", "jaxlib", "optax", "flax", "numpy")
-    found = {name: metadata.version(name) for name in names}
+    found = {name: _version(name) for name in names}
     device = jax.devices()[0]
     return found | {"python": platform.python_version(), "device": str(device.device_kind)}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # used from its sources
+        return "unknown"
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:

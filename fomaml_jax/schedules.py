@@ -14,13 +14,13 @@ from fomaml_jax.types import MetaGradient
 def multi_step_weights(num_steps: int, step: jax.Array | int, until: int) -> jax.Array:
     r"""MAML++'s weights of the query losses after each inner step, annealed to the last one alone.
 
-    At first all are :math:`1 / K`; by outer step `until` all but the last have sunk linearly,
-    though not below :math:`0.03 / K`, and the last has what they lost.
+    At first all are :math:`1 / K`; up to outer step `until` all but the last sink linearly, though
+    not below :math:`0.03 / K`, and the last has what they lose; from then on it is alone.
 
     Args:
         num_steps: inner steps, `K`.
         step: the outer step, traced if you like.
-        until: the outer step at which all but the last have sunk to that.
+        until: the outer step from which on the last is alone.
 
     Returns:
         `[num_steps]` float32, with sum 1, for `step_weights`.
@@ -32,8 +32,10 @@ def multi_step_weights(num_steps: int, step: jax.Array | int, until: int) -> jax
         >>> import fomaml_jax as fj
         >>> fj.schedules.multi_step_weights(2, 0, until=100)
         Array([0.5, 0.5], dtype=float32)
-        >>> fj.schedules.multi_step_weights(2, 100, until=100)
+        >>> fj.schedules.multi_step_weights(2, 99, until=100)
         Array([0.015, 0.985], dtype=float32)
+        >>> fj.schedules.multi_step_weights(2, 100, until=100)
+        Array([0., 1.], dtype=float32)
 
     References:
         Antoniou, Edwards, Storkey, `How to train your MAML <https://arxiv.org/abs/1810.09502>`_,
@@ -42,7 +44,7 @@ def multi_step_weights(num_steps: int, step: jax.Array | int, until: int) -> jax
     refusals.check_at_least("num_steps", num_steps, 1)
     refusals.check_at_least("until", until, 1)
     remaining = 1 - jnp.asarray(step, jnp.float32) / until
-    others = jnp.maximum(remaining, 0.03) / num_steps
+    others = jnp.where(remaining > 0, jnp.maximum(remaining, 0.03), 0.0) / num_steps
     return jnp.full(num_steps, others).at[-1].set(1 - (num_steps - 1) * others)
 
 

@@ -30,7 +30,8 @@ def serial_reptile(
         \theta_K = \mathrm{adapt}(\theta, support)
 
     for one task after another, where `meta_learner` with `over_tasks(reptile(...))` takes the mean
-    over a meta-batch. A task that diverges changes nothing.
+    over a meta-batch. A task that diverges changes nothing. Of `reptile`'s options `trainable`,
+    `has_state` and `unroll` are not there.
 
     Args:
         loss_fn: as for `reptile`.

@@ -53,6 +53,12 @@ def by_shift(rows: Rows) -> dict[str, Rows]:
     return {name: [row for row in rows if row["shift"] == name] for name in names}
 
 
+BY_CHANCE = (
+    "Each condition by a 95 % interval of its own: where nothing differs, one in twenty is ahead "
+    "or behind by chance."
+)
+
+
 def conclusions(rows: Rows) -> list[str]:
     """Where adaptation adds to what the network and the pixels give without it, in sentences."""
     distinct = list({condition_of(row): row for row in reversed(rows)}.values())[::-1]
@@ -67,7 +73,7 @@ def conclusions(rows: Rows) -> list[str]:
             f"Of {len(distinct)} conditions, adaptation is ahead of the {name} under {helps}, "
             f"behind under {hurts}, and by its interval neither under {level}."
         )
-    return lines
+    return [*lines, BY_CHANCE]
 
 
 def condition_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

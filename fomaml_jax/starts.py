@@ -75,7 +75,8 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
     With the mean :math:`c_k` of the features of class :math:`k`, its weights are :math:`2 c_k` and
     its bias :math:`-\|c_k\|^2`: the logits are minus the squared distances, up to what all
     classes share. Both are constants here: no gradient flows through the means into what the
-    features were computed from, where the authors' own code lets it flow.
+    features were computed from, where the authors' own code lets it flow. The bias of a class
+    without examples is so low that nothing is taken for it.
 
     Args:
         features: `[examples, features]`.
@@ -103,5 +104,6 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
     members = jax.nn.one_hot(labels, ways, dtype=features.dtype)
     sums, counts = members.T @ features, members.sum(0)
     prototypes = sums / jnp.maximum(counts, 1)[:, None]
-    kernel, bias = 2 * prototypes.T, -jnp.sum(prototypes**2, -1)
+    lowest = jnp.full_like(counts, jnp.finfo(dtype).min / 4)  # finite: so is a loss of it
+    kernel, bias = 2 * prototypes.T, jnp.where(counts > 0, -jnp.sum(prototypes**2, -1), lowest)
     return kernel.astype(dtype), bias.astype(dtype)

@@ -6,6 +6,7 @@ others, and asking how alike its examples are to these; what relatives look like
 fifth of the examples of every class that has two or more.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -109,6 +110,7 @@ def calibrated(
     return Calibration(jnp.where(several.any(), midway, one_shot), strangers, held_out)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits_and_features(
     chosen: options.ImageOptions, params: Params, inputs: Any
 ) -> tuple[jax.Array, jax.Array]:

@@ -61,6 +61,10 @@ class DivergedError(RuntimeError):
         super().__init__(message)
         self.trained = trained
 
+    def __reduce__(self):
+        """As a process pool needs it."""
+        return type(self), (str(self), self.trained)
+
 
 def train(
     learner: MetaLearner,
@@ -105,7 +109,8 @@ def train(
     towards `patience`, the seconds, the sums of the report under way, and what the run is: key,
     tasks, `config`. None is kept of a state from which a run was seen to diverge: where it
     diverges, or is stopped while tasks are left out, the one before is saved, and what came after
-    is done again when it is resumed.
+    is done again when it is resumed. For that, two more copies of the learner's state lie on the
+    devices while it trains, and the best parameters with `validate`.
 
     Args:
         learner: any `MetaLearner`; its `step` is compiled here.
@@ -119,11 +124,12 @@ def train(
         tasks: a budget of training tasks.
         seconds: a budget of time, earlier parts of a resumed run included.
         validate: `params -> score`, a number; compile it yourself. It may not keep the parameters.
-        validate_every: steps between two scores; a twentieth of all steps unless given. The last
-            of all `steps` has one too.
+        validate_every: steps between two scores; a twentieth of all steps unless given (500 where
+            `seconds` alone end the run). The last of all `steps` has one too.
         lower_is_better: whether a score is an error.
         patience: ends the run after so many scores without an improvement.
-        report_every: steps between two reports; a hundredth of all, at most 500, unless given.
+        report_every: steps between two reports; a hundredth of all, at most 500, unless given (100
+            where `seconds` alone end the run).
         on_report: is given each row of metrics and the parameters, which it may keep; what is true
             of its result ends the run. Rows have `step`, `tasks`, `loss` (the mean query loss since
             the last report), `support_loss_first` and `support_loss_last` (the mean support loss
@@ -153,7 +159,7 @@ def train(
             or one that another process trains in, a checkpoint of another problem, key, meta-batch,
             `config` or `lower_is_better`, or where all are damaged; where `validate` was not given
             before and is now, or the other way round; where several processes were called
-            differently.
+            differently. What a checkpoint is refused for is a `checkpoints.CheckpointError`.
         TypeError: for a learner or a key that is none; for a `config` that is not plain JSON (a
             ValueError for NaN in it).
         DivergedError: where a run has diverged; it holds what there was before.
@@ -195,8 +201,7 @@ def train(
     refusals.check_key(key)
     tasks_per_step = operator.index(tasks_per_step)
     with jax.transfer_guard_host_to_device("allow"):  # once, and meant
-        start = outer_steps.start(learner.init(params))
-    history = History(start, scored=validate is not None)
+        history = History(outer_steps.start(learner.init(params)), scored=validate is not None)
     identity = identity_of(key, tasks_per_step, config)
     identity["validate"] = "not given" if validate is None else "given"
     if validate is not None:

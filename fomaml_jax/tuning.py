@@ -1,7 +1,6 @@
 """The fastest way to run a meta-gradient over tasks, measured on the user's shapes and device."""
 
 import itertools
-import os
 import statistics
 import time
 import warnings
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fomaml_jax import refusals
+from fomaml_jax import host_memory, refusals
 from fomaml_jax.convolutions import native_convolutions
 from fomaml_jax.parallel import over_tasks, resolve
 from fomaml_jax.types import MetaGradient, Params
@@ -226,7 +225,7 @@ class _Search:
                 temp_bytes=planned.temp_size_in_bytes if planned else 0,
             )
             memory = _memory_bytes()
-            if memory is not None and trial.temp_bytes > memory:
+            if trial.temp_bytes > memory:
                 return trial._replace(
                     note=f"needs more than the {memory / 2**20:.0f} MiB there are"
                 )
@@ -250,12 +249,9 @@ def _seconds(program: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _memory_bytes() -> int | None:
-    """Free memory of the device; where it has none of its own, all memory of the machine."""
+def _memory_bytes() -> float:
+    """Free memory of the device; where it has none of its own, what this process may use."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system tells
-        return None
+    return host_memory.most()

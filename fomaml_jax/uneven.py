@@ -24,7 +24,8 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
         where examples count differently.
 
     Raises:
-        ValueError: for a batch that is larger, empty, or of uneven leaves.
+        ValueError: for a batch that is larger, empty, or of uneven leaves; integers that JAX does
+            not keep.
 
     Example:
         >>> import jax.numpy as jnp, fomaml_jax as fj
@@ -39,6 +40,8 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
         )
 
     def padded(x):
+        if isinstance(x, np.ndarray) and x.dtype.kind in "iu":
+            refusals.check_kept("batch", x)
         if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # such as keys, of which there is no zero
             return jnp.concatenate([x, jnp.repeat(x[-1:], size - examples, 0)])
         return jnp.pad(x, [(0, size - examples)] + [(0, 0)] * (np.ndim(x) - 1))

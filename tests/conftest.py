@@ -101,26 +101,16 @@ def omniglot_folder():
     return folder
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """A folder for compiled programs, this worker's alone."""
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
-@pytest.fixture(scope="module")
-def kept_compiles(compiled):
-    """What one test compiled serves the next, and those of other modules."""
-    jax.config.update("jax_compilation_cache_dir", compiled)
+@pytest.fixture(scope="session", autouse=True)
+def _kept_compiles(tmp_path_factory):
+    """What one test compiled serves the next of its worker, also after programs were let go of."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
-def small_world(kept_compiles):
+def small_world():
     """A small network learns small pictures, so that a run takes seconds."""
     small = Splits(noise(8), noise(5), noise(7))
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):

@@ -90,8 +90,8 @@ MUTATIONS = [
     ),
     Mutation(
         "rates.py",
-        "max(rate.dtype, update.dtype, key=",
-        "min(rate.dtype, update.dtype, key=",
+        "both = accumulator(rate.dtype), accumulator(update.dtype)",
+        "both = update.dtype, update.dtype",
         "test_learned_rates.py",
     ),
     Mutation(

@@ -22,7 +22,7 @@ KNOWN, STRANGER = SHAPES[:3], SHAPES[3]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_world(kept_compiles):
+def small_world():
     with small_networks():
         yield
 

@@ -79,6 +79,12 @@ def test_pictures_of_a_class_are_counted_in_more_than_8_bits():
     np.testing.assert_allclose(few, many, rtol=1e-6)
 
 
+def test_a_classifier_can_be_loaded_in_double_precision():
+    with jax.enable_x64(True):
+        loaded = fj.load_classifier("pretrained:omniglot")
+    assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {np.dtype(np.float32)}
+
+
 @pytest.mark.parametrize("weights", [np.zeros(6), -np.ones(6), np.full(6, np.nan)])
 def test_weights_that_leave_nothing_to_learn_from_are_refused(ready, pictures, weights):
     with pytest.raises(ValueError, match=r"^weights must be at least 0, finite, and some of them"):

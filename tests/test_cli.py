@@ -349,7 +349,7 @@ def test_a_fault_is_a_line_and_a_file(tmp_path, monkeypatch, sinusoid):
     assert (run.code, run.out) == (1, "")
     (file,) = tmp_path.iterdir()
     assert run.err == f"fomaml-jax: KeyError: 'zeal'; the traceback is in {file}\n"
-    assert "Traceback (most recent call last)" in file.read_text()
+    assert "Traceback (most recent call last)" in file.read_text("utf-8")
 
 
 def test_too_little_memory_is_said(monkeypatch, sinusoid):

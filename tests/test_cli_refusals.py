@@ -118,9 +118,9 @@ REFUSED = {
     "train sinusoid --inner-clip 0": f"--inner-clip {RATE} 0.0",
     "train glyphs --ways 8": "test split: ways=8 is more than the 7 classes there are",
     "train glyphs --train-ways 9": "train split: ways=9 is more than the 8 classes there are",
-    "train glyphs --ways 2 --train-ways 2 --shots 3 --queries 4": "validation split: shots=3 plus "
-    "queries=4 is more than the 6 examples of the smallest class; ask for fewer, or leave that "
-    "class out",
+    "train glyphs --ways 2 --train-ways 2 --shots 3 --queries 4": "validation split: the class 0 "
+    "has 6 pictures, but shots=3 plus queries=4 are asked of every class; ask for fewer, or leave "
+    "that class out",
     "train glyphs --out file": "file is a file; pass --out with a folder, new or empty",
     "train glyphs --out full": "full is not empty; pass --out with a folder, new or empty",
     "train sinusoid --out file/run": "cannot write a run to file/run: Not a directory",
@@ -321,10 +321,10 @@ PICTURES = {
         "train on and two others to test on, unless test=0",
     ),
     "too few pictures": (
-        lambda data: None,
+        lambda data: next((data / "class 1").iterdir()).unlink(),
         "--queries 4",
-        "train split: shots=1 plus queries=4 is more than the 3 examples of the smallest class; "
-        "ask for fewer, or leave that class out",
+        "train split: the class class 1 has 2 pictures, but shots=1 plus queries=4 are asked of "
+        "every class; ask for fewer, or leave that class out",
     ),
 }
 

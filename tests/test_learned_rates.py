@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_close, network, network_problem, one
+from problems import assert_close, network, network_problem, one, quadratic
 
 import fomaml_jax as fj
 
@@ -197,3 +197,19 @@ def test_the_gradient_of_a_rate_is_summed_in_its_own_bits():
 def test_the_report_has_nothing_to_say_of_no_rates():
     rates = {"v": jnp.zeros(0), "w": jnp.ones(2)}
     assert len(fj.rates.report(rates, rates).splitlines()) == 2
+
+
+@pytest.mark.parametrize("rate", [1, np.array(1), jnp.array(1)])
+def test_a_rate_that_is_an_integer_is_the_number_it_is(rate):
+    half = fj.adapt(quadratic, jnp.zeros(2), jnp.full(2, 0.5), fj.rates.scale_by_rates(rate), 1)[0]
+    np.testing.assert_array_equal(half, 0.5)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_rates_of_other_16_bits_than_the_parameters_keep_their_digits(order):
+    """As if both had 32: of the two kinds neither holds what the other does."""
+    of_rate, of_params = (jnp.float16, jnp.bfloat16)[::order]
+    rate, update = jnp.array(0.37, of_rate), jnp.array([300.0], of_params)
+    ours, _ = fj.rates.scale_by_rates(rate).update(update, optax.ScaleByScheduleState(jnp.array(0)))
+    assert ours.dtype == of_params
+    np.testing.assert_array_equal(ours, jnp.asarray([-float(rate) * 300.0], of_params))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
-from problems import assert_close, network, network_problem, one
+from problems import assert_close, network, network_problem, one, quadratic
 
 import fomaml_jax as fj
 from fomaml_jax import parallel
@@ -349,3 +349,17 @@ def test_plain_numbers_beside_a_loss_come_from_every_plan(tasks_at_once):
     over_tasks = fj.over_tasks(per_task, tasks_at_once=tasks_at_once)
     _, info = jax.jit(over_tasks)(params, tasks)
     assert info.aux["examples"].tolist() == 3 * [len(one(tasks).query[0])]
+
+
+def test_a_meta_gradient_that_asks_where_it_is_on_the_mesh():
+    """The look for native convolutions is outside of the mesh, where nobody knows."""
+    mesh = jax.make_mesh((2,), ("tasks",), (AxisType.Auto,))
+
+    def placed(params, task):
+        grads, info = fj.fomaml(quadratic, optax.sgd(0.1), 1)(params, task)
+        return grads * (1.0 + jax.lax.axis_index("tasks").astype(grads.dtype)), info
+
+    params, centres = jnp.zeros((2, 3, 1)), jnp.ones((2, 2, 3, 1))
+    grads, _ = jax.jit(fj.over_tasks(placed, mesh=mesh))(params, fj.Task(centres, centres))
+    plain = fj.fomaml(quadratic, optax.sgd(0.1), 1)(params, fj.Task(centres[0], centres[0]))[0]
+    np.testing.assert_allclose(grads, 1.5 * plain, rtol=1e-6)

@@ -295,6 +295,30 @@ def test_nothing_known_may_be_an_empty_list_and_what_is_infinite_or_negative_is_
             predict(known, asked)
     with pytest.raises(ValueError, match="weights must be at least 0"):
         predict((2 * row, [1.0, 2.0]), row, weights=[-1.0, 1.0])
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="targets must be finite; leave such rows out, or"):
+            predict((2 * row, [1.0, wrong]), row)
+    np.testing.assert_array_equal(
+        predict((2 * row, [1.0, np.nan]), row, weights=[1.0, 0.0]), predict((row, [1.0]), row)
+    )
+
+
+def test_a_row_of_weight_two_is_as_if_it_were_there_twice(run):
+    predict = fj.load_regressor(run.folder).predict
+    known, asked = [[1.0, 2.0], [3.0, 1.0], [3.0, 1.0]], [[2.0, 2.0]]
+    twice = predict((known, [1.0, 7.0, 7.0]), asked)
+    weighted = predict((known[:2], [1.0, 7.0]), asked, weights=[1.0, 2.0])
+    np.testing.assert_allclose(weighted, twice, rtol=1e-5)
+    assert abs(float(twice[0] - predict((known[:2], [1.0, 7.0]), asked)[0])) > 0.01
+
+
+def test_predictions_are_compiled_once(run, caplog):
+    regressor = fj.load_regressor(run.folder)
+    with jax.log_compiles():
+        for level in (1.0, 2.0, 3.0):
+            caplog.clear()
+            regressor.predict(([[1.0, 2.0]], [level]), [[2.0, 2.0]])
+    assert "Compiling" not in caplog.text
 
 
 def test_weights_are_one_a_known_row(run):

@@ -431,8 +431,8 @@ REFUSED = {
     ),
     "more examples than there are": (
         {"shots": 3, "queries": 3},
-        "validation split: shots=3 plus queries=3 is more than the 5 examples of the smallest "
-        "class; ask for fewer, or leave that class out",
+        "validation split: the class 1 0 has 5 pictures, but shots=3 plus queries=3 are asked of "
+        "every class; ask for fewer, or leave that class out",
     ),
     "other ways than a learned head": (
         {"head": "learned", "train_ways": 4},

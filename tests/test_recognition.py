@@ -235,3 +235,26 @@ def test_a_file_that_is_damaged_or_another_is_refused(adapted, tmp_path):
 
 def test_what_the_share_of_one_shot_is_said_to_be():
     assert str(thresholds.ONE_SHOT_SHARE) in (thresholds.Calibration.__doc__ or "")
+
+
+def test_what_is_done_again_is_not_compiled_again(classifier, pictures, caplog):
+    def whole(pictures):
+        adapted = fj.adapt_classifier(classifier, (pictures, LABELS), names=NAMES)
+        params = classifier.adapt((pictures, LABELS), ways=3)
+        return adapted.predict(pictures), classifier.predict(params, pictures)
+
+    whole(pictures)
+    with jax.log_compiles():
+        whole(255 - pictures)
+    assert "Compiling" not in caplog.text
+
+
+def test_in_double_precision_files_are_the_same(classifier, pictures, tmp_path):
+    for_both = tmp_path / "mine.npz"
+    with jax.enable_x64(True):
+        fj.save_adapted(fj.adapt_classifier(classifier, (pictures, LABELS)), for_both)
+        there = fj.load_adapted(for_both)
+    for one, other in zip(
+        jax.tree.leaves(there), jax.tree.leaves(fj.load_adapted(for_both)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)

@@ -245,6 +245,7 @@ def test_it_is_said_where_adaptation_stops_helping():
         "none), behind under 1 (noise std 2), and by its interval neither under 1 (noise std 1).",
         "Of 3 conditions, adaptation is ahead of the nearest class mean of pixels under 2, behind "
         "under 1 (noise std 2), and by its interval neither under none.",
+        shift_pictures.BY_CHANCE,
     ]
 
 

@@ -3,7 +3,10 @@
 import dataclasses
 import datetime
 import json
+import os
 import re
+import sys
+from importlib import metadata
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from command_line import held
 
-from fomaml_jax import options, runs
+from fomaml_jax import checkpoints, options, runs
 
 PARAMS = {
     "params": {
@@ -515,3 +518,37 @@ def test_places_are_known_from_any_other_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = options.anywhere(options.Sinusoid(compilation_cache=Path("kept"))).compilation_cache
     assert kept == tmp_path / "kept"
+
+
+def test_replacing_waits_until_the_new_file_is_on_the_disk(tmp_path, monkeypatch):
+    done = []
+    of_os = {name: getattr(os, name) for name in ("fsync", "replace")}
+    for name in of_os:
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name: (done.append(name), of_os[name](*args))[1]
+        )
+    runs.write_json(tmp_path / "one.json", {})
+    assert done == ["fsync", "replace"]
+
+
+def test_without_an_installed_package_there_are_results_all_the_same(monkeypatch):
+    def version(name):
+        if name == "fomaml-jax":
+            raise metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert runs.versions()["fomaml-jax"] == "unknown"
+    assert runs.versions()["jax"] == "1"
+
+
+def test_windows_opens_no_folders_and_removes_no_open_file(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        checkpoints.flush(tmp_path)
+    with monkeypatch.context() as patch, runs.alone(tmp_path):
+        patch.setattr(Path, "unlink", refuse)

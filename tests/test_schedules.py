@@ -12,13 +12,15 @@ import fomaml_jax as fj
 
 @pytest.mark.parametrize(("num_steps", "until"), [(1, 10), (5, 10)])
 def test_step_weights_go_from_equal_to_the_last_alone(num_steps, until):
-    """Against the formula of MAML++'s code, epoch by epoch."""
+    """Against MAML++'s code, epoch by epoch: its weights, and from `until` on the last alone."""
     for epoch in range(2 * until):
         expected = np.full(num_steps, 1 / num_steps)
         for i in range(num_steps - 1):
             expected[i] = max(1 / num_steps - epoch / num_steps / until, 0.03 / num_steps)
         last = 1 / num_steps + epoch * (num_steps - 1) / num_steps / until
         expected[-1] = min(last, 1 - (num_steps - 1) * 0.03 / num_steps)
+        if epoch >= until:
+            expected = np.eye(num_steps)[-1]
         ours = jax.jit(lambda step: fj.schedules.multi_step_weights(num_steps, step, until))(epoch)
         np.testing.assert_allclose(ours, expected, atol=1e-6)
         np.testing.assert_allclose(ours.sum(), 1, atol=1e-6)

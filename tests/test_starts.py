@@ -31,6 +31,17 @@ def test_the_gradient_of_prototypes_is_stopped_and_absent_classes_are_finite():
     assert jnp.isfinite(total(jnp.ones((2, 3))))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_nothing_is_taken_for_a_class_without_examples(dtype):
+    """Where its mean would be, at the origin, there is none."""
+    features = jnp.array([[3.0, 0.0], [0.0, 3.0]], dtype)
+    kernel, bias = fj.prototype_head(features, jnp.array([0, 1]), ways=3)
+    logits = jnp.array([[0.9, 0.8], [0.0, 0.1]], dtype) @ kernel + bias[None]
+    assert logits.argmax(1).tolist() == [0, 1]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([2, 2]))
+    assert jnp.isfinite(losses).all()
+
+
 @pytest.mark.usefixtures("float64")
 def test_it_can_be_had_in_every_form_of_the_algorithm():
     params, tasks = network_problem(1)

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import pickle
 import signal
 import threading
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_close, network
+from problems import assert_close, network, quadratic
 from training_runs import (
     FOMAML,
     KEY,
@@ -25,7 +26,7 @@ from training_runs import (
 )
 
 import fomaml_jax as fj
-from fomaml_jax import checkpoints, training
+from fomaml_jax import checkpoints, experiment, training
 from fomaml_jax.tasks import task_keys
 
 pytestmark = [
@@ -415,3 +416,38 @@ def test_one_task_in_eight_may_overflow():
 def test_where_all_tasks_overflow_training_stops_soon():
     with pytest.raises(training.DivergedError, match="up to step 10,"):
         train_on_blobs(1.0)
+
+
+def test_a_divergence_comes_back_from_another_process():
+    trained = train(steps=1)
+    error = pickle.loads(pickle.dumps(training.DivergedError("too far", trained)))
+    assert str(error) == "too far"
+    assert_close(error.trained.state, trained.state, 0)
+    stopped = pickle.loads(pickle.dumps(experiment.StoppedError("interrupted", 3)))
+    assert (stopped.why, stopped.step) == ("interrupted", 3)
+
+
+def test_no_more_copies_of_the_state_are_kept_than_are_said():
+    """The learner's, with momentum, and two to go back to; and the caller's own parameters."""
+    params = jnp.zeros((3, 41))
+    copies = []
+
+    def count(row, _):
+        copies.append(sum(x.shape == params.shape for x in jax.live_arrays()))
+
+    task = fj.Task(params, params)
+    learner = fj.meta_learner(
+        fj.over_tasks(fj.fomaml(quadratic, optax.sgd(0.1), 1)), optax.sgd(0.1, momentum=0.9)
+    )
+    fj.train(
+        learner,
+        params,
+        lambda key: task,
+        KEY,
+        tasks_per_step=2,
+        steps=6,
+        report_every=1,
+        on_report=count,
+        name=None,
+    )
+    assert max(copies) <= 3 * 2 + 1

@@ -18,9 +18,7 @@ from training_runs import LEVELS, train
 import fomaml_jax as fj
 from fomaml_jax import checkpoints, training
 
-pytestmark = [
-    pytest.mark.usefixtures("standard_promotion", "kept_compiles"),
-]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class Killed(BaseException):

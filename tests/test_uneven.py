@@ -177,3 +177,10 @@ def test_examples_with_keys_are_padded():
 
 def test_weights_may_be_a_list():
     assert fj.uneven.weighted_mean(jnp.array([1.0, 3.0]), [1.0, 0.0]) == 1
+
+
+def test_integers_that_would_wrap_around_are_refused():
+    with pytest.raises(ValueError, match="batch holds numbers that are beyond int32, so shift or"):
+        fj.uneven.pad_batch(np.array([0, 2**40]), 3)
+    missing = np.array([1.0, np.nan])
+    np.testing.assert_array_equal(fj.uneven.pad_batch(missing, 2)[0], missing)

@@ -35,7 +35,12 @@ def fail(error: Exception) -> NoReturn:
     if processes.are_several() and isinstance(error, jax.errors.JaxRuntimeError):
         stop(f"another process of this run was lost; start all again with --resume ({said})", LOST)
     with tempfile.NamedTemporaryFile(
-        "w", prefix="fomaml-jax-", suffix=".txt", delete=False
+        "w",
+        encoding="utf-8",
+        errors="backslashreplace",
+        prefix="fomaml-jax-",
+        suffix=".txt",
+        delete=False,
     ) as file:
         traceback.print_exception(error, file=file)
     stop(f"{type(error).__name__}: {said}; the traceback is in {file.name}", FAILED)

@@ -10,6 +10,7 @@ from fomaml_jax.commands.tables import STATISTICS
 from fomaml_jax.contact_sheets import Cell
 from fomaml_jax.datasets import Pictures
 from fomaml_jax.recognition import NONE, AdaptedClassifier, Background
+from fomaml_jax.thresholds import ONE_SHOT_SHARE
 
 PRINTED = 40
 """Pictures that are told about one by one on the screen."""
@@ -61,7 +62,7 @@ def threshold_in_words(adapted: AdaptedClassifier) -> str:
     if np.isnan(held_out):
         return (
             f"{where}{left_out}, and with one example a class nothing tells how alike two pictures "
-            "of a class are, so it is put 0.3 of the way from there to 1"
+            f"of a class are, so it is put {ONE_SHOT_SHARE} of the way from there to 1"
         )
     return f"{where}midway, as {left_out}, examples that were held out at {held_out:.2f}"
 

@@ -1,11 +1,11 @@
 """What every data set refuses at its border, each in one sentence that says what to pass."""
 
 import contextlib
-import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
+
+from fomaml_jax import host_memory
 
 
 def whole_number(name: str, value: Any, *, at_least: int) -> int:
@@ -47,23 +47,13 @@ def check_rows_fit(path: Path, groups: Mapping[str, Sized], numbers: int) -> Non
     """
     longest = max(groups, key=lambda name: len(groups[name]))
     most = len(groups[longest])
-    needed, there = 8 * numbers * most * len(groups), memory()
+    needed, there = 8 * numbers * most * len(groups), host_memory.most()
     if needed > there:
         raise ValueError(
             f"{path}: {len(groups):,} groups, each padded to the {most:,} rows of the longest, "
             f"need {needed / 1e9:.0f} GB, and there are {there / 1e9:.0f}: give a file without "
             f"the rows that {longest!r} can do without, or with fewer groups"
         )
-
-
-def memory() -> float:
-    """Bytes that this process may come to use, as far as the system tells."""
-    known = [math.inf]
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows does not tell
-        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(OSError, ValueError):  # in a container; "max" is no number
-        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(known)
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fomaml_jax import host_memory
 from fomaml_jax.datasets._checks import (
     check_choice,
     check_folder,
     cli_extra,
-    memory,
     whole_number,
 )
 from fomaml_jax.datasets._class_folders import EXPECTED, Files, dealt_splits, given_splits
@@ -214,7 +214,7 @@ def _check_fits(splits: Sequence[Files], size: int, channels: int) -> None:
     """Refuses what this machine's memory cannot hold, each split as long as its largest class."""
     most = [max(map(len, files.values()), default=0) for files in splits]
     rows = sum(len(files) * count for files, count in zip(splits, most, strict=True))
-    needed, there = rows * size * size * channels, memory()
+    needed, there = rows * size * size * channels, host_memory.most()
     if needed > there:
         largest = max(itertools.chain(*(f.items() for f in splits)), key=lambda item: len(item[1]))
         raise ValueError(
