@@ -169,7 +169,8 @@ class Regressor:
         """`predict`, of what is standardised already."""
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
-        return _predicted(self.chosen, int(steps), self.params, (support, weights), x)
+        chosen = dataclasses.replace(self.chosen, features=())  # a list would be no key
+        return _predicted(chosen, int(steps), self.params, (support, weights), x)
 
     def standardised(self, values: Any, *, of_target: bool = False) -> jax.Array:
         """Features `[..., features]`, or targets `[...]`, in standard deviations from the mean.

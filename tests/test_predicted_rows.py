@@ -319,6 +319,11 @@ def test_predictions_are_compiled_once(run, caplog):
             caplog.clear()
             regressor.predict(([[1.0, 2.0]], [level]), [[2.0, 2.0]])
     assert "Compiling" not in caplog.text
+    listed = dataclasses.replace(regressor.chosen, features=list(regressor.chosen.features))
+    by_hand = dataclasses.replace(regressor, chosen=listed)
+    np.testing.assert_array_equal(
+        *(one.predict(([[1.0, 2.0]], [1.0]), [[2.0, 2.0]]) for one in (by_hand, regressor))
+    )
 
 
 def test_weights_are_one_a_known_row(run):
