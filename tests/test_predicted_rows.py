@@ -298,9 +298,8 @@ def test_nothing_known_may_be_an_empty_list_and_what_is_infinite_or_negative_is_
     for wrong in (np.nan, np.inf):
         with pytest.raises(ValueError, match="targets must be finite; leave such rows out, or"):
             predict((2 * row, [1.0, wrong]), row)
-    np.testing.assert_array_equal(
-        predict((2 * row, [1.0, np.nan]), row, weights=[1.0, 0.0]), predict((row, [1.0]), row)
-    )
+    without = predict((2 * row, [1.0, np.nan]), row, weights=[1.0, 0.0])
+    np.testing.assert_allclose(without, predict((row, [1.0]), row), rtol=1e-5)
 
 
 def test_a_row_of_weight_two_is_as_if_it_were_there_twice(run):
