@@ -37,6 +37,9 @@ Predict = Callable[[Params, Any], jax.Array]
 QUERIES_AT_ONCE = 16
 """Of queries that are normalised one at a time, each in a batch of its own."""
 
+BRIGHTEST = 16
+"""Pixels beyond are of pictures never brought to [0, 1]; noise may lead a little out of it."""
+
 READY = Path(__file__).with_name("pretrained")
 """The folder of trained networks that come with the package, each a run's."""
 
@@ -301,13 +304,31 @@ def as_pictures(x: Any, picture: tuple[int, ...]) -> jax.Array:
 
     Raises:
         TypeError: for other integers, of which nobody knows what white is.
-        ValueError: for any of another shape.
+        ValueError: for any of another shape; for floats that are not finite, or far beyond 1.
     """
+    _check_brightness(x)
     x = refusals.checked_pixels(as_float(jnp.asarray(x)))
     if x.shape[1:] != picture:
         shape = ", ".join(map(str, picture))
         raise ValueError(f"pictures must be [n, {shape}], got {list(x.shape)}")
     return x
+
+
+def _check_brightness(x: Any) -> None:
+    """Refuses pictures of floats that are not finite, or were never divided by 255."""
+    if isinstance(x, Tracer):
+        return
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return
+    least, most = (float(of(x, initial=0)) for of in (np.min, np.max))
+    if not (np.isfinite(least) and np.isfinite(most)):
+        raise ValueError("pictures hold pixels that are not finite; leave such pictures out")
+    if most > BRIGHTEST:
+        raise ValueError(
+            f"pictures must be uint8, or floats in [0, 1], got floats up to {most:g}; divide them "
+            "by their white, 255 for 8 bits"
+        )
 
 
 def load_classifier(run: str | Path) -> Classifier:

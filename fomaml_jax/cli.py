@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _command(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        endings.stop("interrupted", endings.INTERRUPTED)
+        endings.stop("interrupted", endings.INTERRUPTED, at_once=arguments is None)
     except BrokenPipeError:  # who was reading has had enough
         endings.let_go_of_the_output()
     except OSError as error:  # such as a full disk behind the standard output
@@ -88,9 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _command(arguments: Sequence[str] | None) -> None:
     use_every_core()
     command, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    # A lone `train --help` is about all data sets.
-    if [command] in HELP or (command == "train" and words[:1] in HELP):
+    if [command] in HELP:
         print(USAGE)
+    elif command == "train" and words[:1] in HELP:  # about all data sets, and the default one
+        print(f"{USAGE}\n\nWithout DATA:\n")
+        train.main(["glyphs", "--help"])
     elif command == "--version":
         print(importlib.metadata.version("fomaml_jax"))
     elif command in COMMANDS:

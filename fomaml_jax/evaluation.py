@@ -81,9 +81,11 @@ def evaluate(
         ((100,), True)
     """
     refusals.check_at_least("num_tasks", num_tasks, 2)
+    refusals.check_function("sample_task", sample_task, "key -> Task")
+    refusals.check_key(key)
 
     def task_of(key: jax.Array, index: jax.Array) -> Task:
-        return sample_task(jax.random.fold_in(key, index))
+        return refusals.checked_sample(sample_task(jax.random.fold_in(key, index)))
 
     return _evaluate(adapt_fn, metric_fn, (params, key), task_of, num_tasks, tasks_at_once, mesh)
 
@@ -141,6 +143,9 @@ def _evaluate(
 ) -> Evaluation:
     """On the tasks of indices; `given` are the parameters, and what tasks are made of."""
     refusals.check_tasks_at_once(tasks_at_once)
+    refusals.check_function("adapt_fn", adapt_fn, "(params, support) -> adapted")
+    refusals.check_function("metric_fn", metric_fn, "(adapted, query) -> metric")
+    refusals.check_mesh(mesh)
 
     def one_task(given, index):
         params, source = given

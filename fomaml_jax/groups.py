@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fomaml_jax import refusals
+from fomaml_jax import kept_numbers, refusals
 from fomaml_jax.types import Batch, Task
 
 Support = Literal["first", "random"]
@@ -114,8 +114,16 @@ def each_group(rows: Batch, counts: jax.Array | np.ndarray, *, shots: int) -> Ta
 
 def _task(rows: Batch, counts: Any, group: Any, given: jax.Array, later: jax.Array) -> Task:
     def batch(places: jax.Array) -> tuple[Batch, jax.Array]:
-        weights = (places < counts[group]).astype(jnp.float32)
-        return jax.tree.map(lambda x: x[group, places], rows), weights
+        real = places < counts[group]
+
+        def leaf(x: jax.Array) -> jax.Array:
+            found = x[group, places]
+            if not jnp.issubdtype(x.dtype, jnp.inexact):
+                return found
+            # A NaN in the padding, times a weight of zero, would be one in the gradients.
+            return jnp.where(real.reshape(-1, *(1 for _ in found.shape[1:])), found, 0)
+
+        return jax.tree.map(leaf, rows), real.astype(jnp.float32)
 
     return Task(batch(given), batch(later))
 
@@ -168,11 +176,11 @@ def _check_finite(name: str, leaf: Any, counts: np.ndarray) -> None:
     if sure or isinstance(leaf, Tracer):
         return
     real = np.arange(leaf.shape[1]) < counts[:, None]
-    finite = refusals.kept_by_jax(np.asarray(leaf)).reshape(*leaf.shape[:2], -1).all(-1)
+    finite = kept_numbers.kept_by_jax(np.asarray(leaf)).reshape(*leaf.shape[:2], -1).all(-1)
     wrong = np.argwhere(real & ~finite)
     if len(wrong):
         g, r = wrong[0].tolist()
         raise ValueError(
-            f"{name}[{g}, {r}] is {refusals.not_kept(leaf.dtype)} ({len(wrong)} rows in all); "
+            f"{name}[{g}, {r}] is {kept_numbers.not_kept(leaf.dtype)} ({len(wrong)} rows in all); "
             "leave such rows out, or fill them in"
         )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import refusals
+from fomaml_jax import inner_updates, refusals
 from fomaml_jax.dtypes import accumulator, widened
 from fomaml_jax.parallel import OverTasks
 from fomaml_jax.types import MetaGradient, Params, TaskInfo, WithRates, WithState
@@ -196,7 +196,9 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
 
     def init(params: Params) -> MetaState:
         refusals.check_params(params)
-        params = jax.tree.map(jnp.asarray, params)
+        # Of their very dtypes: a step would not give back a weak one, and be compiled twice.
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), params)
+        _refuse_bad_rates(optimizer, params)
         opt_state = of_its_own(optimizer.init(params))
         shared = params.params if isinstance(params, WithRates) else params
         if isinstance(shared, WithState) and not _tells_apart(opt_state):
@@ -208,6 +210,15 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
         return MetaState(params, opt_state, jnp.zeros((), jnp.int32))
 
     return init
+
+
+def _refuse_bad_rates(optimizer: optax.GradientTransformation, params: Params) -> None:
+    """Refuses an outer optimizer like `optax.sgd(nan)`, as far as that is seen without a step."""
+    try:
+        traced = inner_updates.update_jaxpr(optimizer, params)
+    except Exception:  # the step will say what is wrong
+        return
+    inner_updates.check_factors(traced)
 
 
 def of_its_own(opt_state: optax.OptState) -> optax.OptState:

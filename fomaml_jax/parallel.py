@@ -37,6 +37,8 @@ class OverTasks:
     devices: int = 1
     skips: bool = True
 
+    __name__ = "over_tasks"  # of a function, as jax.named_call and profilers ask for
+
     def __call__(self, params: Params, tasks: Any) -> tuple[Params, TaskInfo]:
         """`(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`."""
         return self.seeing(params, tasks, lambda info: ())[:2]
@@ -110,7 +112,9 @@ def over_tasks(
     refusals.check_tasks_at_once(tasks_at_once)
     refusals.check_choice("on_nonfinite", on_nonfinite, ("skip", "propagate"))
     refusals.check_function("meta_gradient", meta_gradient, "(params, task) -> (grads, TaskInfo)")
-
+    refusals.check_mesh(mesh)
+    if task_weight is not None:
+        refusals.check_function("task_weight", task_weight, "task -> weight")
     if mesh is not None and axis_name is not None:
         raise ValueError(
             "over_tasks was given a mesh, on which it shards the tasks itself, and an axis_name, "

@@ -103,31 +103,6 @@ def check_batch(name: str, batch: Batch, axis: int = 0) -> None:
             )
 
 
-def kept_by_jax(values: np.ndarray) -> np.ndarray:
-    """Which numbers are finite in the dtype that JAX keeps, where large integers wrap around."""
-    dtype = jax.dtypes.canonicalize_dtype(values.dtype)
-    if jnp.issubdtype(dtype, jnp.integer):
-        limits = jnp.iinfo(dtype)
-        return (values >= limits.min) & (values <= limits.max)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return np.ones(values.shape, bool)
-    with np.errstate(over="ignore"):
-        return np.isfinite(values.astype(dtype, copy=False))
-
-
-def not_kept(dtype: Any) -> str:
-    """What is wrong with numbers that are not `kept_by_jax`."""
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return "not finite"
-    return f"beyond {jax.dtypes.canonicalize_dtype(dtype)}, so shift or scale all of them first"
-
-
-def check_kept(name: str, values: np.ndarray) -> None:
-    """Refuses numbers that JAX does not keep as they are."""
-    if not kept_by_jax(values).all():
-        raise ValueError(f"{name} holds numbers that are {not_kept(values.dtype)}")
-
-
 def checked_pixels(x: jax.Array) -> jax.Array:
     """The pictures, refusing all but floats."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -483,8 +458,28 @@ def check_function(name: str, value: Any, form: str) -> None:
         raise TypeError(f"{name} must be a function {form}, got {value!r} ({type(value).__name__})")
 
 
+def check_mesh(mesh: Any) -> None:
+    """Refuses what is neither a mesh nor None."""
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(
+            "mesh must be a jax.sharding.Mesh, such as jax.make_mesh((2,), ('tasks',)), got "
+            f"{mesh!r}"
+        )
+
+
+def checked_sample(task: Any) -> Any:
+    """What `sample_task` made, refusing all but tasks."""
+    if not (hasattr(task, "support") and hasattr(task, "query")):
+        raise TypeError(
+            f"sample_task must make a fomaml_jax.Task(support, query), got a {type(task).__name__}"
+        )
+    return task
+
+
 def check_range(name: str, value: tuple[float, float]) -> None:
     """Refuses what is not `(low, high)` with `low < high`, both finite."""
+    if np.shape(value) != (2,):
+        raise ValueError(f"{name} must be a range (low, high), got {value!r}")
     low, high = value
     if not (np.isfinite([low, high]).all() and low < high):
         raise ValueError(f"{name} must be a range (low, high) with low < high, got {low, high}")

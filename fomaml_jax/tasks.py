@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fomaml_jax import refusals
+from fomaml_jax import kept_numbers, refusals
 from fomaml_jax.dtypes import accumulator
 from fomaml_jax.groups import each_group, from_groups
 from fomaml_jax.streams import Waves, drift_and_jumps, drifting, sine_waves
@@ -411,7 +411,7 @@ def _check_finite(images: jax.Array | np.ndarray, counts: jax.Array | np.ndarray
         return
     if isinstance(images, np.ndarray):
         # Class by class: without a second array of that size.
-        each = map(refusals.kept_by_jax, images)
+        each = map(kept_numbers.kept_by_jax, images)
         finite = np.array([of_class.reshape(len(of_class), -1).all(-1) for of_class in each])
     elif images.is_fully_addressable:
         with jax.ensure_compile_time_eval():
@@ -424,8 +424,8 @@ def _check_finite(images: jax.Array | np.ndarray, counts: jax.Array | np.ndarray
     if len(wrong):
         c, e = wrong[0]
         raise ValueError(
-            f"images[{c}, {e}] has pixels that are {refusals.not_kept(images.dtype)} ({len(wrong)} "
-            "examples in all); leave such examples out"
+            f"images[{c}, {e}] has pixels that are {kept_numbers.not_kept(images.dtype)} "
+            f"({len(wrong)} examples in all); leave such examples out"
         )
 
 

@@ -198,7 +198,12 @@ def train(
     for part in ("init", "step"):
         if not callable(getattr(learner, part, None)):
             raise TypeError(f"learner has no {part}; make one, meta_learner(meta_gradient, adam)")
+    refusals.check_function("sample_task", sample_task, "key -> Task")
+    for what, function in {"validate": validate, "on_report": on_report}.items():
+        if function is not None:
+            refusals.check_function(what, function, "of the parameters")
     refusals.check_key(key)
+    refusals.check_mesh(mesh)
     tasks_per_step = operator.index(tasks_per_step)
     with jax.transfer_guard_host_to_device("allow"):  # once, and meant
         history = History(outer_steps.start(learner.init(params)), scored=validate is not None)

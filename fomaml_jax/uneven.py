@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fomaml_jax import refusals
+from fomaml_jax import kept_numbers, refusals
 from fomaml_jax.dtypes import accumulator
 from fomaml_jax.types import Batch, KeyedTask, Task
 
@@ -41,7 +41,7 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
 
     def padded(x):
         if isinstance(x, np.ndarray) and x.dtype.kind in "iu":
-            refusals.check_kept("batch", x)
+            kept_numbers.check_kept("batch", x)
         if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # such as keys, of which there is no zero
             return jnp.concatenate([x, jnp.repeat(x[-1:], size - examples, 0)])
         return jnp.pad(x, [(0, size - examples)] + [(0, 0)] * (np.ndim(x) - 1))

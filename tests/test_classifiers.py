@@ -221,3 +221,23 @@ def test_its_accuracy_is_within_the_interval_that_was_committed():
     committed = row["transductive"]
     spread = np.sqrt(committed["variance"] * (1 / 400 + 1 / committed["tasks"]))
     assert abs(accuracy / 100 - committed["mean"]) < 3 * spread
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        (lambda x: 255 * x, r"got floats up to 2\d\d.*; divide them by their white, 255"),
+        (lambda x: np.where(x > 0.9, np.nan, x), "pictures hold pixels that are not finite"),
+        (lambda x: np.where(x > 0.9, -np.inf, x), "pictures hold pixels that are not finite"),
+    ],
+)
+def test_pictures_that_nobody_has_brought_to_one_are_refused(ready, pictures, spoilt, message):
+    plain = pictures / np.float32(255)
+    wrong, adapted = spoilt(plain), ready.adapt((plain, np.arange(6)))
+    for use in (
+        lambda: ready.adapt((wrong, np.arange(6))),
+        lambda: ready.predict(adapted, wrong),
+        lambda: fj.adapt_classifier(ready, (wrong, np.arange(6))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()

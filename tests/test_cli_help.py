@@ -1,10 +1,12 @@
 """`--help` of the commands lists what there is, with its default."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
 from importlib import metadata
+from unittest.mock import Mock
 
 import pytest
 from command_line import call
@@ -12,10 +14,17 @@ from command_line import call
 from fomaml_jax import cli, options
 
 
-@pytest.mark.parametrize("words", ["", "-h", "--help", "train --help", "train -h"])
+@pytest.mark.parametrize("words", ["", "-h", "--help"])
 def test_help_lists_the_commands(words):
     run = call(*words.split())
     assert (run.code, run.out, run.err) == (0, cli.USAGE + "\n", "")
+
+
+@pytest.mark.parametrize("words", ["train --help", "train -h"])
+def test_help_of_training_lists_the_data_sets_and_the_options_of_the_default_one(words):
+    run = call(*words.split())
+    of_glyphs = call("train", "glyphs", "--help").out
+    assert (run.code, run.out) == (0, f"{cli.USAGE}\n\nWithout DATA:\n\n{of_glyphs}")
 
 
 @pytest.mark.parametrize("name", options.DATA_SETS)
@@ -64,3 +73,14 @@ def test_help_of_predict_is_of_pictures_and_of_tables(words):
     assert (run.code, run.err) == (0, "")
     for option in ("--query", "--unreadable", "--file", "--overwrite"):
         assert option in run.out
+
+
+def test_an_interruption_ends_without_what_crashes_at_pythons_end(monkeypatch, capsys):
+    """XLA does, if it was compiling: the shell saw a segmentation fault."""
+    monkeypatch.setattr(sys, "argv", ["fomaml-jax", "train"])
+    monkeypatch.setitem(cli.COMMANDS, "train", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit("at once")))
+    with pytest.raises(SystemExit, match="at once"):
+        cli.main()
+    os._exit.assert_called_once_with(130)
+    assert capsys.readouterr().err == "fomaml-jax: interrupted\n"

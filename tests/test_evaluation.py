@@ -138,3 +138,26 @@ def test_what_tasks_are_made_of_may_lie_on_explicit_axes(within):
         other = evaluate(num_tasks=3, mesh=mesh)
     assert_close(found.per_task, jnp.arange(4.0))
     assert_close(other.per_task, evaluate(num_tasks=3).per_task, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sample_task": lambda key: (key, key)}, "sample_task must make a fomaml_jax.Task.*tuple"),
+        ({"sample_task": None}, "sample_task must be a function key -> Task, got None"),
+        ({"adapt_fn": None}, r"adapt_fn must be a function \(params, support\) -> adapted"),
+        ({"metric_fn": 3}, r"metric_fn must be a function \(adapted, query\) -> metric, got 3"),
+        ({"key": 0}, "key must be one PRNG key, such as jax.random.key"),
+        ({"mesh": 2}, "mesh must be a jax.sharding.Mesh, such as .*, got 2"),
+    ],
+)
+def test_what_is_no_function_key_or_mesh_is_refused(changed, message):
+    arguments = {
+        "adapt_fn": lambda params, support: params,
+        "metric_fn": lambda adapted, query: query[0],
+        "params": 3.0,
+        "sample_task": normal_task,
+        "key": jax.random.key(0),
+    }
+    with pytest.raises(TypeError, match=message):
+        fj.evaluate(**arguments | changed)

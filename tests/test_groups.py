@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from problems import assert_close
 
 import fomaml_jax as fj
 
@@ -169,3 +170,29 @@ WRONG = {
 def test_what_is_no_table_of_groups_is_refused(arrays, options, message):
     with pytest.raises(ValueError, match=message):
         fj.tasks.from_groups(*arrays, **({"shots": 2} | options))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_what_is_in_the_padding_does_not_matter(dtype):
+    """Tables come with NaN there, which times a weight of zero is NaN in the gradients."""
+    rng = np.random.default_rng(0)
+    counts = np.array([4, 7, 5])
+    padding = np.arange(7) >= counts[:, None]
+    x, y = rng.normal(size=(3, 7, 2)).astype(dtype), rng.normal(size=(3, 7)).astype(dtype)
+
+    def loss(params, batch):
+        (x, y), weights = batch
+        return fj.uneven.weighted_mean((x @ params - y) ** 2, weights)
+
+    def found(filling):
+        rows = np.where(padding[..., None], filling, x), np.where(padding, filling, y)
+        rows = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), rows)
+        sample_task = fj.tasks.from_groups(rows, counts, shots=2)
+        drawn = jax.vmap(sample_task)(jax.random.split(jax.random.key(0), 4))
+        meta_gradient = jax.jit(fj.over_tasks(fj.fomaml(loss, optax.sgd(0.1), 2)))
+        each = fj.tasks.each_group(rows, counts, shots=2)
+        return [meta_gradient(jnp.ones(2, dtype), tasks) for tasks in (drawn, each)]
+
+    for with_nan, with_zero in zip(found(np.nan), found(0.0), strict=True):
+        assert with_nan[1].finite.all()
+        assert_close(with_nan, with_zero, 0)

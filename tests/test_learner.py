@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from problems import assert_close, network, network_problem, one
+from problems import assert_close, network, network_problem, one, quadratic
 
 import fomaml_jax as fj
 
@@ -183,3 +183,23 @@ def test_what_is_no_function_is_refused():
     for make in (fj.meta_learner, fj.scheduled_learner):
         with pytest.raises(TypeError, match=r"meta_gradient must be a function .*, got None"):
             make(None, optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("params", [{"a": jnp.array(0.5)}, [jnp.full((1,), 0.5)]])
+def test_weakly_typed_parameters_are_compiled_for_once(params):
+    chex.clear_trace_counter()
+    meta_gradient = fj.over_tasks(fj.fomaml(quadratic, optax.sgd(0.1), 1))
+    learner = fj.meta_learner(meta_gradient, optax.sgd(0.1, momentum=0.9))
+    centres = jax.tree.map(lambda x: jnp.ones((2, *x.shape)), params)
+    step, state = jax.jit(chex.assert_max_traces(learner.step, 1)), learner.init(params)
+    for _ in range(3):
+        state, _ = step(state, fj.Task(centres, centres))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("rate", [np.nan, np.inf])
+def test_outer_rates_that_are_not_finite_are_refused(rate):
+    meta_gradient = fj.over_tasks(fj.fomaml(quadratic, optax.sgd(0.1), 1))
+    for outer in (optax.sgd(rate), optax.adam(rate), optax.chain(optax.clip(1.0), optax.sgd(rate))):
+        with pytest.raises(ValueError, match=rf"by a number that is not finite \(-?{rate}\); pass"):
+            fj.meta_learner(meta_gradient, outer).init(jnp.ones(2))

@@ -363,3 +363,18 @@ def test_a_meta_gradient_that_asks_where_it_is_on_the_mesh():
     grads, _ = jax.jit(fj.over_tasks(placed, mesh=mesh))(params, fj.Task(centres, centres))
     plain = fj.fomaml(quadratic, optax.sgd(0.1), 1)(params, fj.Task(centres[0], centres[0]))[0]
     np.testing.assert_allclose(grads, 1.5 * plain, rtol=1e-6)
+
+
+def test_what_is_no_mesh_or_weight_is_refused():
+    meta_gradient = fj.fomaml(quadratic, optax.sgd(0.1), 1)
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, such as .*, got 2"):
+        fj.over_tasks(meta_gradient, mesh=2)
+    with pytest.raises(TypeError, match="task_weight must be a function task -> weight, got"):
+        fj.over_tasks(meta_gradient, task_weight=jnp.ones(5))
+
+
+def test_it_can_be_named_as_a_function_can():
+    meta_gradient = fj.over_tasks(fj.fomaml(quadratic, optax.sgd(0.1), 1))
+    centres = jnp.ones((2, 3))
+    named = jax.named_call(meta_gradient)(jnp.zeros(3), fj.Task(centres, centres))
+    assert_close(named, meta_gradient(jnp.zeros(3), fj.Task(centres, centres)), 0)

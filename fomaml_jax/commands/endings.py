@@ -18,11 +18,15 @@ from fomaml_jax import processes
 FAILED, REFUSED, DIVERGED, LOST, INTERRUPTED = 1, 2, 3, 4, 130
 
 
-def stop(message: str, code: int, *, in_step: bool = False) -> NoReturn:
-    """Ends with a line; `in_step` where all processes of a run end here, and the first says so."""
+def stop(message: str, code: int, *, in_step: bool = False, at_once: bool = False) -> NoReturn:
+    """Ends with a line; `in_step` where all processes of a run end here, and the first says so.
+
+    `at_once` without what Python does at its end: XLA crashes there if it was interrupted while it
+    compiled.
+    """
     if processes.is_first() or not in_step:
         print(f"fomaml-jax: {message}", file=sys.stderr, flush=True)
-    if processes.are_several() and not in_step:
+    if at_once or (processes.are_several() and not in_step):
         os._exit(code)  # an orderly end would wait for the others, who wait for this one
     raise SystemExit(code)
 
