@@ -4,7 +4,7 @@ Each command of the table in README runs in a process of its own, into a folder 
 `result.json` is read: 1,000 unseen tasks, mean and 95 % interval, before adaptation and after it,
 and the baselines that the command line puts beside it. Accuracies are transductive. Seconds are the
 command's own from end to end, baselines included, on a machine that may have had other work (a dash
-where it was stopped in between).
+where it was stopped in between, or ran on another machine than the others).
 """
 
 import argparse
