@@ -59,7 +59,8 @@ def adapt(
             is given `value`, `grad` and `value_fn`.
         num_steps: at least 0. May be a JAX integer, traced or not, and one per task under `vmap`;
             the result can then not be differentiated in reverse.
-        first_order: whether to treat the inner gradients as constants.
+        first_order: whether to treat the inner gradients as constants. Without, roots that are zero
+            make derivatives NaN, as in Adam without `eps_root`; where that is seen it is warned of.
         has_aux: whether `loss_fn` returns a pair.
         unroll: how many steps to unroll in the compiled loop, as in `jax.lax.scan`.
         trainable: which leaves to adapt: `path -> bool`, with paths such as `"params/head/kernel"`,
@@ -118,10 +119,17 @@ def adapt(
         state=state,
         key=key,
     )
+    if not first_order and takes_steps(num_steps):
+        inner_updates.warn_of_infinite_curvature(optimizer, start.adapted)
     if opt_state is not None:
         start = start._replace(opt_state=opt_state)
     end, info = repeat(step, start, num_steps, unroll)
     return merged(end), info._replace(opt_state=end.opt_state, state=end.state)
+
+
+def takes_steps(num_steps: int | jax.Array) -> bool:
+    """Whether there may be any: a number that is traced is not known."""
+    return isinstance(num_steps, jax.Array) or num_steps > 0
 
 
 class InnerState(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fomaml_jax import inner_updates, refusals
-from fomaml_jax.adaptation import context, inner_loop, kept, repeat
+from fomaml_jax.adaptation import context, inner_loop, kept, repeat, takes_steps
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.trainable import Trainable, split
@@ -282,7 +282,8 @@ def maml(
             refusals.check_task(task)
             params, of_task = opened(shared, task, has_state)
             refusals.check_params(params)
-            inner_updates.warn_of_infinite_curvature(optimizer, split(trainable, params)[0])
+            if takes_steps(num_steps):
+                inner_updates.warn_of_infinite_curvature(optimizer, split(trainable, params)[0])
             through = jax.value_and_grad(after_adaptation, has_aux=True)
             with inner_updates.explaining_loops():
                 (_, (value, seen, state, aux)), grads = through(params, task, of_task)

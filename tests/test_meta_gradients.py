@@ -247,6 +247,14 @@ def test_second_order_through_adam_warns_unless_it_has_eps_root():
     with pytest.warns(UserWarning, match="eps_root") as caught:
         fj.maml(network, optax.adam(0.05), 1)(params, one(tasks))
     assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="eps_root") as caught:
+        fj.adapt(network, params, one(tasks).support, optax.adam(0.05), 1, first_order=False)
+    assert caught[0].filename == __file__
+    for first_order in (True, False):  # without a step there is nothing to warn of
+        steps = int(first_order)
+        inner = network, params, one(tasks).support, optax.adam(0.05), steps
+        fj.adapt(*inner, first_order=first_order)
+    fj.maml(network, optax.adam(0.05), 0)(params, one(tasks))
     for optimizer in (optax.adam(0.05, eps_root=1e-8), optax.sgd(0.1), OPTIMIZERS["clipped"]()):
         run(optimizer)  # a warning would be an error
     jax.jit(lambda rate: run(optax.adam(rate, eps_root=1e-8)))(0.1)  # a rate that is traced
