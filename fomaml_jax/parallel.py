@@ -76,7 +76,9 @@ def over_tasks(
         mesh: shards the tasks over all axes of this mesh: each device runs its own, and one
             all-reduce joins the gradients. Their number must be a multiple of the mesh's size. On
             CPU set `jax.config.update("jax_num_cpu_devices", os.cpu_count())` first: a scan over
-            small tasks keeps but one core busy.
+            small tasks keeps but one core busy. A learner's state comes back on every device of it:
+            put the first one there too, `jax.device_put(state, NamedSharding(mesh,
+            PartitionSpec()))`, and a jitted step is compiled once, not twice. `fj.train` does.
         axis_name: for use inside of a `jax.shard_map` or `pmap` of your own: the axes, or the one,
             among whose devices the tasks are shared out. Each device passes its own tasks, and gets
             the mean over those of all; `TaskInfo` is that of its own.
