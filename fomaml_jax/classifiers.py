@@ -218,7 +218,8 @@ class Classifier:
             adapted: what `adapt` returned.
             x: pictures `[n, height, width, channels]`, which are normalised together whatever the
                 classifier was trained for, or a `fj.batch_statistics.Beside` of support and query
-                pictures, each of which is then normalised beside the support set alone.
+                pictures, each of which is then normalised beside the support set alone, as
+                `AdaptedClassifier.predict` does unless told.
         """
         x = jax.tree.map(lambda pictures: as_pictures(pictures, self.picture), x)
         return _logits(self.chosen, adapted, x)

@@ -122,6 +122,7 @@ def meta_learner(
     refusals.check_optimizer(optimizer)
 
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
+        refusals.check_state(state)
         totals = None
         if isinstance(meta_gradient, OverTasks):
             grads, info, totals = meta_gradient.seeing(state.params, tasks, Totals.of)
@@ -181,6 +182,7 @@ def scheduled_learner(
     refusals.check_optimizer(optimizer)
 
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
+        refusals.check_state(state)
         return meta_learner(make_meta_gradient(state.step), optimizer).step(state, tasks)
 
     return MetaLearner(initial(optimizer), step)

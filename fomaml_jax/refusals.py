@@ -180,11 +180,7 @@ def checked_loss(loss_fn: LossFn, has_aux: bool, has_state: bool = False) -> Obj
             loss, state, aux = _stateful(call(params, batch, state, key), state)
         else:
             loss, aux = _stateless(call(params, batch), has_aux)
-        if (
-            loss is None
-            or np.shape(loss) != ()
-            or not jnp.issubdtype(jnp.result_type(loss), jnp.floating)
-        ):
+        if not _is_real_scalar(loss):
             raise ValueError(
                 f"loss_fn must return a real scalar, got {_describe(loss)}; "
                 "take the mean over the examples"
@@ -192,6 +188,11 @@ def checked_loss(loss_fn: LossFn, has_aux: bool, has_state: bool = False) -> Obj
         return loss, (state, aux)
 
     return objective
+
+
+def _is_real_scalar(x: Any) -> bool:
+    is_number = isinstance(x, float) or _is_array(x)
+    return is_number and np.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def _stateless(out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -347,6 +348,14 @@ def check_task(task: Any) -> None:
             f"task must be a fomaml_jax.Task(support, query), got a {type(task).__name__}"
         )
     check_batch("query", task.query)
+
+
+def check_state(state: Any) -> None:
+    """Refuses what is no state of a learner, such as its parameters alone."""
+    if not all(hasattr(state, name) for name in ("params", "opt_state", "step")):
+        raise TypeError(
+            f"state must be what the learner's init or step gave, got a {type(state).__name__}"
+        )
 
 
 def check_key(key: Any) -> None:

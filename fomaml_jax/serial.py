@@ -105,6 +105,7 @@ def serial_reptile(
         return MetaState(params, opt_state, state.step + 1), info
 
     def step(state: MetaState, tasks: Any) -> tuple[MetaState, StepInfo]:
+        refusals.check_state(state)
         refusals.check_task_axis(tasks)
         state = varying(state, tasks)
         before = state.params

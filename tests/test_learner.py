@@ -203,3 +203,16 @@ def test_outer_rates_that_are_not_finite_are_refused(rate):
     for outer in (optax.sgd(rate), optax.adam(rate), optax.chain(optax.clip(1.0), optax.sgd(rate))):
         with pytest.raises(ValueError, match=rf"by a number that is not finite \(-?{rate}\); pass"):
             fj.meta_learner(meta_gradient, outer).init(jnp.ones(2))
+
+
+@pytest.mark.parametrize("kind", ["plain", "scheduled", "serial"])
+def test_parameters_in_the_place_of_a_state_are_refused(kind):
+    meta_gradient = fj.over_tasks(fj.fomaml(quadratic, optax.sgd(0.1), 1))
+    learner = {
+        "plain": lambda: fj.meta_learner(meta_gradient, optax.sgd(0.1)),
+        "scheduled": lambda: fj.scheduled_learner(lambda step: meta_gradient, optax.sgd(0.1)),
+        "serial": lambda: fj.serial_reptile(quadratic, optax.sgd(0.1), 1, optax.sgd(0.1)),
+    }[kind]()
+    centres = jnp.ones((2, 3))
+    with pytest.raises(TypeError, match=r"state must be what the learner's init or step gave, got"):
+        learner.step(jnp.ones(3), fj.Task(centres, centres))

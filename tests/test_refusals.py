@@ -218,6 +218,16 @@ REFUSED = {
         ValueError,
         r"must return a real scalar, got an array of shape \(3,\)",
     ),
+    "a list for a loss": (
+        lambda: fomaml(loss=lambda p, b: [network(p, b)]),
+        ValueError,
+        r"must return a real scalar, got .* \(list\)",
+    ),
+    "a word for a loss": (
+        lambda: fomaml(loss=lambda p, b: "small"),
+        ValueError,
+        "must return a real scalar, got 'small'",
+    ),
     "an integer for a loss": (
         lambda: fomaml(loss=lambda p, b: jnp.zeros((), jnp.int32)),
         ValueError,
