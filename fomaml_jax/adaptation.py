@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import inner_updates, refusals
+from fomaml_jax import inner_updates, objectives, refusals
 from fomaml_jax.hoisting import hoisted
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.trainable import Trainable, merge, split
@@ -167,7 +167,7 @@ def inner_loop(
 
     stop = jax.lax.stop_gradient if first_order else lambda x: x
     optimizer = optax.with_extra_args_support(optimizer)
-    objective = refusals.checked_loss(loss_fn, has_aux, has_state)
+    objective = objectives.checked_loss(loss_fn, has_aux, has_state)
     params = varying(jax.tree.map(jnp.asarray, params), support, state, key)
     adapted, frozen = split(trainable, params)
     inner_updates.check_rates(optimizer, adapted)

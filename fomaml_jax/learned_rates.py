@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from fomaml_jax import rates, refusals
+from fomaml_jax import objectives, rates, refusals
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import (
     checked_weights,
@@ -76,7 +76,7 @@ def learned_rates(
         Li, Zhou, Chen, Li, `Meta-SGD <https://arxiv.org/abs/1707.09835>`_, 2017; Antoniou, Edwards,
         Storkey, `How to train your MAML <https://arxiv.org/abs/1810.09502>`_ (LSLR), 2019.
     """
-    refusals.checked_loss(loss_fn, has_aux, has_state)
+    objectives.checked_loss(loss_fn, has_aux, has_state)
     refusals.check_function("make_optimizer", make_optimizer, "rates -> optimizer")
     if isinstance(refusals.check_num_steps(num_steps), jax.Array):
         raise TypeError("learned rates need num_steps to be a Python int, not an array")

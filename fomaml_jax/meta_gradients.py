@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import inner_updates, refusals
+from fomaml_jax import inner_updates, objectives, refusals
 from fomaml_jax.adaptation import context, inner_loop, kept, repeat, takes_steps
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.manual_axes import varying
@@ -135,7 +135,7 @@ def query_gradients(
         state=state,
         key=key,
     )
-    objective = refusals.checked_loss(loss_fn, has_aux, has_state)
+    objective = objectives.checked_loss(loss_fn, has_aux, has_state)
     query_gradient = jax.value_and_grad(objective, has_aux=True)
 
     def judge(inner):
@@ -244,7 +244,7 @@ def maml(
     weights = checked_weights(step_weights, num_steps)
 
     def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
-        objective = refusals.checked_loss(loss_fn, has_aux, has_state)
+        objective = objectives.checked_loss(loss_fn, has_aux, has_state)
 
         def after_adaptation(params: Params, task: Any, of_task: dict[str, Any]) -> Any:
             start, step, merged = inner_loop(
@@ -345,7 +345,7 @@ def reptile(
     _check(loss_fn, optimizer, num_steps, has_aux, has_state)
 
     def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
-        objective = refusals.checked_loss(loss_fn, has_aux, has_state)
+        objective = objectives.checked_loss(loss_fn, has_aux, has_state)
 
         def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
             refusals.check_task(task)
@@ -428,7 +428,7 @@ def in_its_forms(
 
 def _check(loss_fn, optimizer, num_steps, has_aux, has_state) -> None:
     """Refuses at once what would otherwise be refused at the first call."""
-    refusals.checked_loss(loss_fn, has_aux, has_state)
+    objectives.checked_loss(loss_fn, has_aux, has_state)
     refusals.check_optimizer(optimizer)
     refusals.check_num_steps(num_steps)
 

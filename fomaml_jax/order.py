@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import inner_updates, refusals
+from fomaml_jax import inner_updates, objectives, refusals
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.dtypes import widened
 from fomaml_jax.meta_gradients import fomaml, maml
@@ -92,7 +92,7 @@ def check_order(
     refusals.check_params(params)
     refusals.check_optimizer(optimizer)
     num_steps = operator.index(refusals.check_num_steps(num_steps))
-    loss = refusals.checked_loss(loss_fn, has_aux)
+    loss = objectives.checked_loss(loss_fn, has_aux)
     params = jax.tree.map(jnp.asarray, params)
     if meta_gradient is None:
         meta_gradient = fomaml(loss_fn, optimizer, num_steps, has_aux=has_aux, trainable=trainable)
@@ -210,7 +210,7 @@ def diagnose(
     """
     refusals.check_task_axis(tasks)
     refusals.check_at_least("num_steps", num_steps, 1)
-    loss = refusals.checked_loss(loss_fn, has_aux)
+    loss = objectives.checked_loss(loss_fn, has_aux)
     options = {"has_aux": has_aux, "trainable": trainable}
     second_order = maml(loss_fn, optimizer, num_steps, **options)
 

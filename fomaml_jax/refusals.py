@@ -11,8 +11,6 @@ from jax.core import Tracer
 
 from fomaml_jax.types import (
     Batch,
-    LossFn,
-    Objective,
     Params,
     TaskInfo,
     WithRates,
@@ -27,7 +25,7 @@ def check_params(params: Params) -> None:
         raise ValueError("params holds no arrays; pass a pytree with at least one parameter")
     for path, leaf in leaves:
         where = f"params{jax.tree_util.keystr(path)}"
-        if not _is_array(leaf):
+        if not is_array(leaf):
             raise TypeError(
                 f"{where} is a {type(leaf).__name__}, not an array; split the model into arrays "
                 "and the rest first (equinox.partition, nnx.split)"
@@ -161,62 +159,6 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def checked_loss(loss_fn: LossFn, has_aux: bool, has_state: bool = False) -> Objective:
-    """The loss function in the form that all have inside, refusing what is not a scalar.
-
-    That form is `(params, batch, state, key) -> (loss, (state, aux))`; a loss without state hands
-    on what it is given. Batches of NumPy are those of JAX, whether or not a loop has made them so.
-    """
-    if not callable(loss_fn):
-        form = "(params, batch, state, key)" if has_state else "(params, batch)"
-        raise TypeError(f"loss_fn must be a function {form} -> loss, got {loss_fn!r}")
-
-    call: Any = loss_fn
-
-    def objective(params: Params, batch: Batch, state: Any = None, key: Any = None):
-        loss: Any
-        batch = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, batch)
-        if has_state:
-            loss, state, aux = _stateful(call(params, batch, state, key), state)
-        else:
-            loss, aux = _stateless(call(params, batch), has_aux)
-        if not _is_real_scalar(loss):
-            raise ValueError(
-                f"loss_fn must return a real scalar, got {_describe(loss)}; "
-                "take the mean over the examples"
-            )
-        return loss, (state, aux)
-
-    return objective
-
-
-def _is_real_scalar(x: Any) -> bool:
-    is_number = isinstance(x, float) or _is_array(x)
-    return is_number and np.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
-def _stateless(out: Any, has_aux: bool) -> tuple[Any, Any]:
-    is_pair = isinstance(out, tuple) and len(out) == 2
-    if has_aux != is_pair:
-        raise TypeError(
-            f"loss_fn returned {_describe(out)} with has_aux={has_aux}; return a scalar, "
-            "or (scalar, aux) with has_aux=True"
-        )
-    return out if has_aux else (out, None)
-
-
-def _stateful(out: Any, state: Any) -> tuple[Any, Any, Any]:
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple)) or (
-        len(out[1]) != 2
-    ):
-        raise TypeError(
-            f"with has_state=True loss_fn must return (loss, (state, aux)), got {_describe(out)}"
-        )
-    loss, (after, aux) = out
-    check_like_params("loss_fn's state", after, state)
-    return loss, after, aux
-
-
 def check_stateless(has_state: bool, **given: Any) -> None:
     """Refuses, without `has_state`, what only a loss with state is given."""
     for name, value in given.items():
@@ -299,7 +241,7 @@ def checked_meta_gradient(out: Any) -> tuple[Params, TaskInfo]:
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], TaskInfo)):
         raise TypeError(
             "meta_gradient must return (grads, fomaml_jax.TaskInfo), as fomaml(loss_fn, optimizer, "
-            f"num_steps) does, got {_describe(out)}"
+            f"num_steps) does, got {describe(out)}"
         )
     if (shape := np.shape(out[1].query_loss)) != ():
         raise ValueError(
@@ -361,11 +303,9 @@ def check_state(state: Any) -> None:
 def check_key(key: Any) -> None:
     """Refuses what is not one PRNG key."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = _is_array(key) and key.dtype == np.uint32  # as of jax.random.PRNGKey
+    raw = is_array(key) and key.dtype == np.uint32  # as of jax.random.PRNGKey
     if not (typed or raw) or np.ndim(key) != (0 if typed else 1):
-        raise TypeError(
-            f"key must be one PRNG key, such as jax.random.key(0), got {_describe(key)}"
-        )
+        raise TypeError(f"key must be one PRNG key, such as jax.random.key(0), got {describe(key)}")
 
 
 def check_arrays(name: str, tree: Any) -> None:
@@ -374,7 +314,7 @@ def check_arrays(name: str, tree: Any) -> None:
     if not leaves:
         raise ValueError(f"{name} holds no arrays; pass a pytree with at least one")
     for path, leaf in leaves:
-        if not _is_array(leaf):
+        if not is_array(leaf):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an array"
             )
@@ -494,7 +434,8 @@ def check_range(name: str, value: tuple[float, float]) -> None:
         raise ValueError(f"{name} must be a range (low, high) with low < high, got {low, high}")
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
+    """Whether it is an array of JAX or NumPy."""
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
@@ -504,9 +445,10 @@ def _described(tree: Any) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
     return jax.tree.structure(tree), leaves
 
 
-def _describe(x: Any) -> str:
+def describe(x: Any) -> str:
+    """A value, short enough for a message."""
     if isinstance(x, tuple):
         return f"a tuple of {len(x)}"
-    if _is_array(x):
+    if is_array(x):
         return f"an array of shape {x.shape} and dtype {x.dtype}"
     return f"{x!r} ({type(x).__name__})"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fomaml_jax import refusals
+from fomaml_jax import objectives, refusals
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.learner import MetaLearner, MetaState, StepInfo, initial, norm, of_its_own
 from fomaml_jax.manual_axes import varying
@@ -67,7 +67,7 @@ def serial_reptile(
     refusals.check_optimizer(inner_optimizer)
     refusals.check_optimizer(optimizer)
     refusals.check_num_steps(num_steps)
-    loss = refusals.checked_loss(loss_fn, has_aux)
+    loss = objectives.checked_loss(loss_fn, has_aux)
     outer = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> MetaState:
