@@ -85,7 +85,9 @@ def evaluate(
     refusals.check_key(key)
 
     def task_of(key: jax.Array, index: jax.Array) -> Task:
-        return refusals.checked_sample(sample_task(jax.random.fold_in(key, index)))
+        task = sample_task(jax.random.fold_in(key, index))
+        refusals.check_kind_of_task("sample_task must make", task)
+        return task
 
     return _evaluate(adapt_fn, metric_fn, (params, key), task_of, num_tasks, tasks_at_once, mesh)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fomaml_jax import kept_numbers, refusals
+from fomaml_jax.padding import without_padding
 from fomaml_jax.types import Batch, Task
 
 Support = Literal["first", "random"]
@@ -114,16 +115,13 @@ def each_group(rows: Batch, counts: jax.Array | np.ndarray, *, shots: int) -> Ta
 
 def _task(rows: Batch, counts: Any, group: Any, given: jax.Array, later: jax.Array) -> Task:
     def batch(places: jax.Array) -> tuple[Batch, jax.Array]:
-        real = places < counts[group]
+        weights = (places < counts[group]).astype(jnp.float32)
 
         def leaf(x: jax.Array) -> jax.Array:
-            found = x[group, places]
-            if not jnp.issubdtype(x.dtype, jnp.inexact):
-                return found
-            # A NaN in the padding, times a weight of zero, would be one in the gradients.
-            return jnp.where(real.reshape(-1, *(1 for _ in found.shape[1:])), found, 0)
+            may_be_nan = jnp.issubdtype(x.dtype, jnp.inexact)
+            return without_padding(x[group, places], weights if may_be_nan else None)
 
-        return jax.tree.map(leaf, rows), real.astype(jnp.float32)
+        return jax.tree.map(leaf, rows), weights
 
     return Task(batch(given), batch(later))
 

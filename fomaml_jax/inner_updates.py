@@ -1,4 +1,4 @@
-"""What the traced update of an inner optimizer shows: bad rates, a derivative that is missing."""
+"""What the traced update of an optimizer shows: bad rates, a derivative that is missing."""
 
 import contextlib
 import warnings
@@ -17,11 +17,10 @@ from fomaml_jax.types import ClosedJaxpr, Params
 
 def check_rates(optimizer: optax.GradientTransformation, params: Params) -> None:
     """Refuses an optimizer that multiplies by a NaN or an infinity, such as `optax.sgd(nan)`."""
-    check_factors(update_jaxpr(optimizer, params))
-
-
-def check_factors(update: ClosedJaxpr) -> None:
-    """Refuses an update that multiplies by a NaN or an infinity."""
+    try:
+        update = _update_jaxpr(optimizer, params)
+    except Exception:  # the update itself will say what is wrong
+        return
     for factor in _factors(update):
         if not np.all(np.isfinite(factor)):
             raise ValueError(
@@ -32,7 +31,7 @@ def check_factors(update: ClosedJaxpr) -> None:
 
 def warn_of_infinite_curvature(optimizer: optax.GradientTransformation, params: Params) -> None:
     """Warns if the update has no derivative where one element of the gradient is exactly zero."""
-    if "sqrt" not in str(update_jaxpr(optimizer, params)):
+    if "sqrt" not in str(_update_jaxpr(optimizer, params)):
         return
 
     # One element of two is zero, so that element-wise roots are at fault and global norms are not.
@@ -73,7 +72,7 @@ def explaining_loops() -> Iterator[None]:
         ) from error
 
 
-def update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> ClosedJaxpr:
+def _update_jaxpr(optimizer: optax.GradientTransformation, params: Params) -> ClosedJaxpr:
     """The optimizer's first update, traced on shapes alone."""
 
     def update(params):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fomaml_jax import refusals
 from fomaml_jax.dtypes import accumulator
+from fomaml_jax.padding import without_padding as without_padding
 
 
 def mlp(
@@ -189,21 +190,6 @@ class BatchStatistics(nn.Module):
         spread = jax.lax.rsqrt(mean(centred.astype(wide) ** 2) + self.epsilon)
         factor = scale * spread.astype(x.dtype)
         return centred * jnp.expand_dims(factor, axes) + jnp.expand_dims(shift, axes)
-
-
-def without_padding(x: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Zeros where the weight of an example is zero: a NaN there would reach every gradient.
-
-    Example:
-        >>> import jax.numpy as jnp, fomaml_jax as fj
-        >>> fj.models.without_padding(jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0]))
-        Array([[1.],
-               [0.]], dtype=float32)
-    """
-    if weights is None:
-        return x
-    real = weights.reshape(-1, *(1 for _ in x.shape[1:])) > 0
-    return jnp.where(real, x, jnp.zeros_like(x))
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -285,11 +285,14 @@ def check_over_tasks(info: TaskInfo) -> None:
 
 def check_task(task: Any) -> None:
     """Refuses what is not a task, and a query batch without examples."""
-    if not (hasattr(task, "support") and hasattr(task, "query")):
-        raise TypeError(
-            f"task must be a fomaml_jax.Task(support, query), got a {type(task).__name__}"
-        )
+    check_kind_of_task("task must be", task)
     check_batch("query", task.query)
+
+
+def check_kind_of_task(what: str, task: Any) -> None:
+    """Refuses what is not a task."""
+    if not (hasattr(task, "support") and hasattr(task, "query")):
+        raise TypeError(f"{what} a fomaml_jax.Task(support, query), got a {type(task).__name__}")
 
 
 def check_state(state: Any) -> None:
@@ -414,15 +417,6 @@ def check_mesh(mesh: Any) -> None:
             "mesh must be a jax.sharding.Mesh, such as jax.make_mesh((2,), ('tasks',)), got "
             f"{mesh!r}"
         )
-
-
-def checked_sample(task: Any) -> Any:
-    """What `sample_task` made, refusing all but tasks."""
-    if not (hasattr(task, "support") and hasattr(task, "query")):
-        raise TypeError(
-            f"sample_task must make a fomaml_jax.Task(support, query), got a {type(task).__name__}"
-        )
-    return task
 
 
 def check_range(name: str, value: tuple[float, float]) -> None:

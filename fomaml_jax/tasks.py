@@ -134,9 +134,9 @@ def episodes(
         images: `[classes, examples, ...]`, any arrays (pictures are `[..., height, width,
             channels]`). Kept as they are on the device; uint8 becomes float32 in `[0, 1]` in the
             episode, which keeps a data set four times smaller. A jitted function that closes over
-            the distribution holds them in its program, which takes seconds longer to compile for
-            each 100 MB until jax 0.11; one that is given them, and makes the distribution inside,
-            does not.
+            the distribution holds them in its program, which with jax 0.10 takes seconds longer to
+            compile for each 100 MB; one that is given them, and makes the distribution inside, does
+            not.
         ways: classes in an episode.
         shots: support examples a class.
         queries: query examples a class.

@@ -199,9 +199,10 @@ def train(
         if not callable(getattr(learner, part, None)):
             raise TypeError(f"learner has no {part}; make one, meta_learner(meta_gradient, adam)")
     refusals.check_function("sample_task", sample_task, "key -> Task")
-    for what, function in {"validate": validate, "on_report": on_report}.items():
-        if function is not None:
-            refusals.check_function(what, function, "of the parameters")
+    if validate is not None:
+        refusals.check_function("validate", validate, "params -> score")
+    if on_report is not None:
+        refusals.check_function("on_report", on_report, "(row, params) -> whether to stop")
     refusals.check_key(key)
     refusals.check_mesh(mesh)
     tasks_per_step = operator.index(tasks_per_step)

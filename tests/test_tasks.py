@@ -257,3 +257,9 @@ def test_counts_may_be_a_list():
     jax.tree.map(
         np.testing.assert_array_equal, *(jax.jit(f)(jax.random.key(0)) for f in (few, many))
     )
+
+
+@pytest.mark.parametrize("name", ["amplitude", "phase", "x_range"])
+def test_a_number_in_the_place_of_a_range_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} must be a range \(low, high\), got 3.0"):
+        fj.tasks.sinusoid(**{name: 3.0})

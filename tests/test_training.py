@@ -451,3 +451,21 @@ def test_no_more_copies_of_the_state_are_kept_than_are_said():
         name=None,
     )
     assert max(copies) <= 3 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "form"),
+    [
+        ("sample_task", None, "key -> Task"),
+        ("validate", 3, "params -> score"),
+        ("on_report", 3, r"\(row, params\) -> whether to stop"),
+    ],
+)
+def test_what_is_no_function_is_refused(name, value, form):
+    arguments = {"sample_task": SAMPLE} | {name: value}
+    sample_task = arguments.pop("sample_task")
+    learner = fj.meta_learner(FOMAML, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=f"{name} must be a function {form}, got {value}"):
+        fj.train(learner, PARAMS, sample_task, KEY, tasks_per_step=2, steps=1, **arguments)
+    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, such as .*, got 3"):
+        fj.train(learner, PARAMS, SAMPLE, KEY, tasks_per_step=2, steps=1, mesh=3)

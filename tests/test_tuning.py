@@ -1,6 +1,7 @@
 """`tune`: what it tries, what it chooses, and what it does when a way does not work."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import AxisType
 from problems import quadratic
 
 import fomaml_jax as fj
-from fomaml_jax import tuning
+from fomaml_jax import host_memory, tuning
 from fomaml_jax.variants import in_every_form, preferring, variants_of
 
 
@@ -109,7 +110,8 @@ def test_what_needs_too_much_memory_is_left_out(monkeypatch):
     (left_out,) = (trial for trial in plan.trials if trial.tasks_at_once == 4)
     assert left_out.seconds is None
     assert "needs more than" in left_out.note
-    monkeypatch.setattr(tuning, "_memory_bytes", lambda: 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(host_memory, "most", lambda: 0)  # as in a container with none
     with pytest.raises(ValueError, match="no way to run these tasks worked"):
         fj.tune(meta_gradient, params, tasks)
 
@@ -197,3 +199,9 @@ def test_what_a_decorator_copies_is_not_taken_for_its_forms():
     plan = fj.tune(doubled, params, tasks)
     found, expected = (fj.over_tasks(f)(params, tasks)[0] for f in (plan.meta_gradient, doubled))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "is_less"), [("1000000\n", True), ("max\n", False)])
+def test_the_memory_of_a_container_is_known(monkeypatch, limit, is_less):
+    monkeypatch.setattr(Path, "read_text", lambda path: limit)
+    assert (host_memory.most() == 1e6) == is_less
