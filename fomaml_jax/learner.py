@@ -200,7 +200,7 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
         refusals.check_params(params)
         # Of their very dtypes: a step would not give back a weak one, and be compiled twice.
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), params)
-        inner_updates.check_rates(optimizer, params)
+        _refuse_bad_rates(optimizer, params)
         opt_state = of_its_own(optimizer.init(params))
         shared = params.params if isinstance(params, WithRates) else params
         if isinstance(shared, WithState) and not _tells_apart(opt_state):
@@ -212,6 +212,15 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
         return MetaState(params, opt_state, jnp.zeros((), jnp.int32))
 
     return init
+
+
+def _refuse_bad_rates(optimizer: optax.GradientTransformation, params: Params) -> None:
+    """Refuses an outer optimizer like `optax.sgd(nan)`, as far as that is seen without a step."""
+    try:
+        traced = inner_updates.update_jaxpr(optimizer, params)
+    except Exception:  # the step will say what is wrong
+        return
+    inner_updates.check_factors(traced)
 
 
 def of_its_own(opt_state: optax.OptState) -> optax.OptState:
