@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import operator
 from typing import Literal
 
 from fomaml_jax import refusals
@@ -73,23 +72,17 @@ def agenda_of(
     Raises:
         ValueError: naming the argument, the value, and what it may be.
     """
-    given = {"tasks_per_step": tasks_per_step, "steps": steps, "tasks": tasks}
-    given |= {"validate_every": validate_every, "patience": patience}
-    given |= {"report_every": report_every}
-    if not isinstance(checkpoint_every, datetime.timedelta):
-        given |= {"checkpoint_every": checkpoint_every}
-    elif checkpoint_every < datetime.timedelta():
-        raise ValueError(f"checkpoint_every must be at least no time, got {checkpoint_every}")
-    for name, value in given.items():
-        if value is not None:
-            refusals.check_at_least(name, value, 1)
-    tasks_per_step = operator.index(tasks_per_step)
-    steps, tasks, validate_every, patience, report_every = (
-        None if n is None else operator.index(n)
-        for n in (steps, tasks, validate_every, patience, report_every)
+    tasks_per_step = refusals.check_at_least("tasks_per_step", tasks_per_step, 1)
+    steps, tasks = _count("steps", steps), _count("tasks", tasks)
+    validate_every, patience = (
+        _count("validate_every", validate_every),
+        _count("patience", patience),
     )
+    report_every = _count("report_every", report_every)
     if not isinstance(checkpoint_every, datetime.timedelta):
-        checkpoint_every = operator.index(checkpoint_every)
+        checkpoint_every = refusals.check_at_least("checkpoint_every", checkpoint_every, 1)
+    elif checkpoint_every < datetime.timedelta():
+        raise ValueError(f"checkpoint_every must not be negative, got {checkpoint_every}")
     if steps is None and tasks is None and seconds is None:
         raise ValueError("nothing ends this training; pass steps, tasks or seconds")
     if seconds is not None and not seconds > 0:
@@ -109,3 +102,7 @@ def agenda_of(
         validate_every=(validate_every or -(-in_all // 20)) if validates else None,
         checkpoint_every=checkpoint_every,
     )
+
+
+def _count(name: str, value: int | None) -> int | None:
+    return None if value is None else refusals.check_at_least(name, value, 1)

@@ -1,13 +1,16 @@
 """Which pictures a query is normalised with: the other queries, or the support set alone."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fomaml_jax import refusals
 from fomaml_jax.types import Batch, Params, Task
+
+Statistics = Literal["transductive", "one-at-a-time"]
+"""By the names that follow."""
 
 TRANSDUCTIVE = "transductive"
 """The query batch is normalised together."""

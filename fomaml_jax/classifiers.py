@@ -203,7 +203,7 @@ class Classifier:
         x, y = as_pictures(support[0], self.picture), support[1]
         ways = self._ways(x, y, ways)
         if weights is not None:
-            _check_weights(weights, len(x))
+            refusals.check_weights(weights, len(x), "a picture", some=True)
             x = Weighted(x, jnp.asarray(weights, x.dtype))  # masks of booleans too
         steps = self.chosen.adaptation_steps if steps is None else steps
         refusals.check_at_least("steps", steps, 0)
@@ -238,10 +238,7 @@ class Classifier:
 
     def _ways(self, x: jax.Array, y: Any, ways: int | None) -> int:
         """The number of classes, once the labels are known to be of these."""
-        if not jnp.issubdtype(jnp.asarray(y).dtype, jnp.integer):
-            raise TypeError(f"labels must be integers, got {jnp.asarray(y).dtype}")
-        if np.shape(y) != x.shape[:1]:
-            raise ValueError(f"labels must be [{len(x)}], one a picture, got {list(np.shape(y))}")
+        check_labels(y, len(x))
         if not len(x):
             raise ValueError("there are no pictures to adapt to; pass at least one")
         traced = isinstance(y, Tracer)
@@ -256,11 +253,8 @@ class Classifier:
                 raise TypeError("labels are traced: pass ways, the number of classes")
             ways = int(np.max(y)) + 1
         refusals.check_at_least("ways", ways, 1)
-        if not traced and (np.min(y) < 0 or np.max(y) >= ways):
-            raise ValueError(
-                f"labels must be from 0 to {ways - 1} for {ways} ways, got {np.min(y)} to "
-                f"{np.max(y)}"
-            )
+        if not traced:
+            check_range_of_labels(y, ways, "ways")
         return ways
 
 
@@ -290,14 +284,19 @@ def _adapted(
     )[0]
 
 
-def _check_weights(weights: Any, count: int) -> None:
-    if np.shape(weights) != (count,):
-        raise ValueError(f"weights must be [{count}], one a picture, got {list(np.shape(weights))}")
-    if isinstance(weights, Tracer):
-        return
-    plain = np.asarray(weights, np.float64)
-    if not (np.isfinite(plain).all() and plain.min() >= 0 and plain.max() > 0):
-        raise ValueError("weights must be at least 0, finite, and some of them above 0")
+def check_labels(y: Any, count: int) -> None:
+    """Refuses what is not one integer a picture."""
+    if not jnp.issubdtype(jnp.asarray(y).dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {jnp.asarray(y).dtype}")
+    refusals.check_one_each("labels", y, count, "a picture")
+
+
+def check_range_of_labels(y: Any, count: int, of: str) -> None:
+    """Refuses labels that are of none of the classes."""
+    if (least := np.min(y)) < 0 or np.max(y) >= count:
+        raise ValueError(
+            f"labels must be from 0 to {count - 1} for {count} {of}, got {least} to {np.max(y)}"
+        )
 
 
 def as_pictures(x: Any, picture: tuple[int, ...]) -> jax.Array:

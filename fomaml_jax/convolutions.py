@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend import core, linear_util
 from jax.extend.core import primitives
 
-from fomaml_jax import pooling
+from fomaml_jax import pooling, refusals
 from fomaml_jax.convolution_primitives import Geometry, convolve
 from fomaml_jax.types import ClosedJaxpr
 
@@ -102,8 +102,7 @@ def matmul_convolutions(fn: Callable[P, R]) -> Callable[P, R]:
         >>> native_convolutions(jax.make_jaxpr(matmul_convolutions(blur))(images, kernel))
         0
     """
-    if not callable(fn):
-        raise TypeError(f"matmul_convolutions takes a function, such as a loss, but got {fn!r}.")
+    refusals.check_function("fn", fn, "of arrays, such as a loss")
 
     @functools.wraps(fn)
     def rewritten(*args: P.args, **kwargs: P.kwargs) -> R:

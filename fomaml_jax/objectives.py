@@ -16,9 +16,8 @@ def checked_loss(loss_fn: LossFn, has_aux: bool, has_state: bool = False) -> Obj
     That form is `(params, batch, state, key) -> (loss, (state, aux))`; a loss without state hands
     on what it is given. Batches of NumPy are those of JAX, whether or not a loop has made them so.
     """
-    if not callable(loss_fn):
-        form = "(params, batch, state, key)" if has_state else "(params, batch)"
-        raise TypeError(f"loss_fn must be a function {form} -> loss, got {loss_fn!r}")
+    form = "(params, batch, state, key)" if has_state else "(params, batch)"
+    refusals.check_function("loss_fn", loss_fn, f"{form} -> loss")
 
     call: Any = loss_fn
 

@@ -156,6 +156,7 @@ def online(
     learner = meta_learner(meta_gradient, optimizer)
 
     def init(params: Params, task: Any, key: jax.Array) -> OnlineState:
+        refusals.check_key(key)
         return OnlineState(learner.init(params), empty_memory(task, capacity), detector.init(), key)
 
     def step(state: OnlineState, task: Any) -> tuple[OnlineState, Arrival]:

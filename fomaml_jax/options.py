@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fomaml_jax import refusals
+from fomaml_jax.batch_statistics import TRANSDUCTIVE, Statistics
 
 MOST = 2**31 - 1
 """The largest number, that of int32."""
@@ -89,7 +90,7 @@ class ImageOptions(Options):
     """Support examples a class of an unseen task."""
     queries: int = 5
     """Query examples a class."""
-    statistics: Literal["transductive", "one-at-a-time"] = "transductive"
+    statistics: Statistics = TRANSDUCTIVE
     """What a query picture is normalised with, in training and in the results: the other query
     pictures, or the support set alone, which takes (support pictures + 1) times as long. The last
     accuracy is reported either way."""
@@ -296,24 +297,16 @@ def check(options: Options) -> None:
     """
     least = {"inner_steps": 0, "eval_steps": 1, "eval_tasks": 2, "seed": 0, "shift": 0}
     least |= {"split_seed": 0}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        option = "--" + field.name.replace("_", "-")
-        if isinstance(value, int) and not isinstance(value, bool):
-            refusals.check_at_least(option, value, least.get(field.name, 1))
+    for name, kind in typing.get_type_hints(type(options)).items():
+        value, option = getattr(options, name), flag(name)
+        if value is None:
+            continue
+        if int in _alternatives(kind):
+            refusals.check_at_least(option, value, least.get(name, 1))
             if value > MOST:
                 raise ValueError(f"{option} must be at most {MOST}, got {value}")
-        elif field.name == "max_left_out":
-            if not 0 <= value <= 1:
-                raise ValueError(f"{option} must be a share between 0 and 1, got {value}")
-        elif field.name in ("validation", "test"):
-            if not 0 <= value < 1 or (field.name == "test" and not value):
-                raise ValueError(f"{option} must be a share of the groups below 1, got {value}")
-        elif field.name == "affine":
-            if value is not None and not 0 < value < 0.5:
-                raise ValueError(f"--affine must be above 0 and below 0.5, got {value}")
-        elif isinstance(value, float) and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{option} must be a finite number above 0, got {value}")
+        elif float in _alternatives(kind):
+            _check_number(name, option, value)
     checkpoint_interval(options.checkpoint_every)
     if isinstance(options, ImageOptions):
         _check_head_and_rates(options)
@@ -324,6 +317,25 @@ def check(options: Options) -> None:
             )
     if options.tensorboard and not importlib.util.find_spec("tensorboardX"):
         raise ValueError('--tensorboard needs tensorboardX: pip install "fomaml-jax[tensorboard]"')
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_number(name: str, option: str, value: float) -> None:
+    if name == "max_left_out":
+        if not 0 <= value <= 1:
+            raise ValueError(f"{option} must be a share between 0 and 1, got {value}")
+    elif name in ("validation", "test"):
+        if not 0 <= value < 1 or (name == "test" and not value):
+            raise ValueError(f"{option} must be a share of the groups below 1, got {value}")
+    elif name == "affine":
+        if not 0 < value < 0.5:
+            raise ValueError(f"{option} must be above 0 and below 0.5, got {value}")
+    elif not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{option} must be a finite number above 0, got {value}")
 
 
 def _check_head_and_rates(options: ImageOptions) -> None:
@@ -385,10 +397,9 @@ def check_resumed(saved: Options, now: Options) -> None:
     for field in dataclasses.fields(saved):
         before, after = (getattr(one, field.name) for one in (saved, now))
         if before != after and field.name not in FREE:
-            option = "--" + field.name.replace("_", "-")
             raise ValueError(
-                f"{option}: the run was started with {before}, got {after}; leave it out to resume "
-                "the run, or start another"
+                f"{flag(field.name)}: the run was started with {before}, got {after}; leave it "
+                "out to resume the run, or start another"
             )
 
 
@@ -425,8 +436,7 @@ def check_judged_otherwise(options: Options, changes: dict[str, Any]) -> None:
             raise ValueError(f"--{name}: {name_of(options)} {why}")
     for name in ("eval_tasks", "seed"):
         if name in changes and isinstance(options, Table):
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option}: a run of table is judged on all its unseen groups")
+            raise ValueError(f"{flag(name)}: a run of table is judged on all its unseen groups")
     ways = changes.get("ways")
     if images and options.head == "learned" and ways not in (None, options.ways):
         raise ValueError(f"--ways: the run's head is learned for {options.ways}, got {ways}")

@@ -1,12 +1,15 @@
 """The same function computed in fewer bits, its parameters kept in full."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fomaml_jax import refusals
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -15,13 +18,13 @@ R = TypeVar("R")
 def compute_in(dtype: Any, fn: Callable[P, R]) -> Callable[P, R]:
     """Computes a loss or a network in a lower precision, with everything outside in full.
 
-    Float32 arrays in the first two arguments (parameters and batch), and in those given by name,
-    are cast to `dtype` on the way in, results of that `dtype` to float32 on the way out. What else
-    is given, such as the state of a `has_state` loss, stays as it is: running averages would stand
-    still in few bits. So the gradients that reach the inner
-    and the outer optimizer are float32, and so are the parameters that they move: small updates
-    would vanish in bfloat16 sums. Inside, products accumulate in float32 on every backend, and so
-    do JAX's own sums and means; keep the loss itself in float32 by wrapping the network alone.
+    Float32 arrays in the first two arguments (parameters and batch), given by place or by name,
+    are cast to `dtype` on the way in, results of that `dtype` to float32 on the way out. Arguments
+    after these, such as the state of a `has_state` loss, stay as they are: running averages would
+    stand still in few bits. So the gradients that reach the inner and the outer optimizer are
+    float32, and so are the parameters that they move: small updates would vanish in bfloat16 sums.
+    Inside, products accumulate in float32 on every backend, and so do JAX's own sums and means;
+    keep the loss itself in float32 by wrapping the network alone.
 
     Worth it where the device multiplies bfloat16 fast (TPU, recent GPUs). On CPU it is slower.
 
@@ -48,25 +51,32 @@ def compute_in(dtype: Any, fn: Callable[P, R]) -> Callable[P, R]:
     References:
         Micikevicius et al., `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`_, 2018.
     """
-    if not callable(fn):
-        raise TypeError(f"compute_in takes a dtype and a function, but got {fn!r}.")
+    refusals.check_function("fn", fn, "(params, batch) -> loss, or (params, x) -> outputs")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating-point dtype, such as jnp.bfloat16, got {dtype}")
 
+    later, call = _names(fn)[2:], cast(Any, fn)
+
     @functools.wraps(fn)
     def computed(*args: P.args, **kwargs: P.kwargs) -> R:
-        cast, kwargs = _cast((args[:2], kwargs), lambda x: x == jnp.float32, dtype)
-        return _cast(fn(*cast, *args[2:], **kwargs), lambda x: x == dtype, jnp.float32)
+        first = args[:2], {name: x for name, x in kwargs.items() if name not in later}
+        args_in, kwargs_in = _cast(first, jnp.float32, dtype)
+        out = call(*args_in, *args[2:], **(kwargs | kwargs_in))
+        return _cast(out, dtype, jnp.float32)
 
     return computed
 
 
-def _cast(tree: Any, is_cast: Callable[[Any], bool], dtype: Any) -> Any:
-    def cast(x):
-        return (
-            jnp.asarray(x, dtype)
-            if isinstance(x, jax.Array | np.ndarray) and is_cast(x.dtype)
-            else x
-        )
+def _names(fn: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):  # of some built-in functions
+        return []
 
-    return jax.tree.map(cast, tree)
+
+def _cast(tree: Any, dtype: Any, to: Any) -> Any:
+    def leaf(x):
+        is_cast = isinstance(x, jax.Array | np.ndarray) and x.dtype == dtype
+        return jnp.asarray(x, to) if is_cast else x
+
+    return jax.tree.map(leaf, tree)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 
 from fomaml_jax import options, refusals
-from fomaml_jax.batch_statistics import Beside
-from fomaml_jax.classifiers import Classifier, as_pictures
+from fomaml_jax.batch_statistics import ONE_AT_A_TIME, Beside, Statistics
+from fomaml_jax.classifiers import Classifier, as_pictures, check_labels, check_range_of_labels
 from fomaml_jax.thresholds import (
     Calibration,
     adapted_with_means,
@@ -26,6 +26,7 @@ from fomaml_jax.types import Batch, Params
 NONE = "none of these"
 
 Background = Literal["auto", "light", "dark", "as is"]
+"""How a picture in a file is read: a drawing by its ground, found or known, or as it is."""
 
 
 class Predictions(NamedTuple):
@@ -71,12 +72,7 @@ class AdaptedClassifier:
     calibration: Calibration
     background: Background = "auto"
 
-    def predict(
-        self,
-        x: Any,
-        *,
-        statistics: Literal["one-at-a-time", "transductive"] = "one-at-a-time",
-    ) -> Predictions:
+    def predict(self, x: Any, *, statistics: Statistics = ONE_AT_A_TIME) -> Predictions:
         """What pictures are of.
 
         Args:
@@ -88,9 +84,9 @@ class AdaptedClassifier:
         Raises:
             ValueError: for pictures of another shape, or unknown statistics.
         """
-        refusals.check_choice("statistics", statistics, ("one-at-a-time", "transductive"))
+        refusals.check_choice("statistics", statistics, get_args(Statistics))
         queries = evenly(as_pictures(x, self.picture))
-        if statistics == "one-at-a-time":
+        if statistics == ONE_AT_A_TIME:
             queries = Beside(evenly(as_pictures(self.support[0], self.picture)), queries)
         logits, features = logits_and_features(self.chosen, self.params, queries)
         nearest = similarity(features, self.means)
@@ -142,6 +138,8 @@ def adapt_classifier(
         Vaze, Han, Vedaldi, Zisserman,
         `Open-Set Recognition <https://arxiv.org/abs/2110.06207>`_, 2022, on scores of strangers.
     """
+    background = background_of(classifier) if background is None else background
+    refusals.check_choice("background", background, get_args(Background))
     y = jnp.asarray(support[1])
     if names is None:
         if isinstance(y, Tracer):
@@ -163,7 +161,7 @@ def adapt_classifier(
         (jnp.asarray(support[0]), y),
         means,
         calibration,
-        background or background_of(classifier),
+        background,
     )
 
 
@@ -203,17 +201,9 @@ def _check_classes(
             f"the network's head was learned for {chosen.ways} classes, got {classes}: leave out "
             f"{classes - chosen.ways}, or train a network with --head zero, which takes any number"
         )
-    if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {y.dtype}")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"labels must be [{len(x)}], one a picture, got {list(y.shape)}")
+    check_labels(y, len(x))
     if isinstance(y, Tracer):
         return
-    there = set(np.asarray(y).tolist())
-    if missing := sorted(set(range(classes)) - there):
+    if missing := sorted(set(range(classes)) - set(np.asarray(y).tolist())):
         raise ValueError(f"every class needs an example, {names[missing[0]]} has none")
-    if not there <= set(range(classes)):
-        raise ValueError(
-            f"labels must be from 0 to {classes - 1} for {classes} names, got {min(there)} to "
-            f"{max(there)}"
-        )
+    check_range_of_labels(y, classes, "names")

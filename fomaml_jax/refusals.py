@@ -386,16 +386,34 @@ def check_step_weights(step_weights: Any, num_steps: int | jax.Array) -> jax.Arr
     return weights
 
 
+def check_one_each(name: str, values: Any, count: int, of: str) -> None:
+    """Refuses what is not one value `of` each of so many."""
+    if np.shape(values) != (count,):
+        raise ValueError(f"{name} must be [{count}], one {of}, got {list(np.shape(values))}")
+
+
+def check_weights(weights: Any, count: int, of: str, *, some: bool = False) -> None:
+    """Refuses weights that are negative, not finite, or with `some` all zero."""
+    check_one_each("weights", weights, count, of)
+    if isinstance(weights, Tracer):
+        return
+    plain = np.asarray(weights, np.float64)
+    if not (np.isfinite(plain).all() and (plain >= 0).all() and (plain.any() or not some)):
+        above = ", and some of them above 0" if some else ""
+        raise ValueError(f"weights must be at least 0, finite{above}")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuses a string that is not among the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_at_least(name: str, value: Any, least: int) -> None:
-    """Refuses what is not an integer of at least `least`."""
+def check_at_least(name: str, value: Any, least: int) -> int:
+    """Returns an integer as a Python int, refusing all but those of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
 
 
 def check_tasks_at_once(value: Any) -> None:

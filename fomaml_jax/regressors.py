@@ -134,7 +134,7 @@ class Regressor:
         Raises:
             ValueError: for rows of another number of features, or with an infinite one, targets or
                 weights of another number than the known rows, targets that are not finite in rows
-                of a weight, or weights below zero.
+                of a weight, or weights that are not finite or below zero.
         """
         (known, y), asked = (_as_array(part) for part in support), _as_array(x)
         if not known.size:
@@ -147,13 +147,8 @@ class Regressor:
                 )
             _check_no_infinity(rows)
         weights = jnp.ones(len(known), jnp.float32) if weights is None else _as_array(weights)
-        for name, values in {"targets": y, "weights": weights}.items():
-            if values.shape != known.shape[:1]:
-                raise ValueError(
-                    f"{name} must be [{len(known)}], one a known row, got {list(values.shape)}"
-                )
-        if not isinstance(weights, Tracer) and not (np.asarray(weights) >= 0).all():
-            raise ValueError("weights must be at least 0")
+        refusals.check_one_each("targets", y, len(known), "a known row")
+        refusals.check_weights(weights, len(known), "a known row")
         _check_targets(y, weights)
         found = self.standardised_targets(
             (self.standardised(known), self.standardised(y, of_target=True)),

@@ -11,7 +11,7 @@ import numpy as np
 
 from fomaml_jax import shifts
 from fomaml_jax.baselines import class_means, nearest
-from fomaml_jax.batch_statistics import beside_support, queries_of
+from fomaml_jax.batch_statistics import ONE_AT_A_TIME, beside_support, queries_of
 from fomaml_jax.classifiers import Classifier
 from fomaml_jax.datasets import ImageClasses
 from fomaml_jax.devices import every_device
@@ -171,7 +171,7 @@ def _program(
     classifier: Classifier, pool: Pool, setting: Setting, queries: int
 ) -> Callable[..., Evaluation]:
     """Compiled: `(params, images, key, strengths, steepness, num_tasks) -> Evaluation`."""
-    alone = classifier.chosen.statistics == "one-at-a-time"
+    alone = classifier.chosen.statistics == ONE_AT_A_TIME
 
     def judge(params, images, key, strengths, steepness, num_tasks):
         tasks = pool.sampler(images, ways=setting.ways, shots=setting.shots, queries=queries)

@@ -104,6 +104,8 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
     members = jax.nn.one_hot(labels, ways, dtype=features.dtype)
     sums, counts = members.T @ features, members.sum(0)
     prototypes = sums / jnp.maximum(counts, 1)[:, None]
-    lowest = jnp.full_like(counts, jnp.finfo(dtype).min / 4)  # finite: so is a loss of it
-    kernel, bias = 2 * prototypes.T, jnp.where(counts > 0, -jnp.sum(prototypes**2, -1), lowest)
+    least = float(jnp.finfo(dtype).min)
+    # Finite all of them, so that a loss is, and below every class that has examples.
+    of_means = jnp.maximum(-jnp.sum(prototypes**2, -1), least / 4)
+    kernel, bias = 2 * prototypes.T, jnp.where(counts > 0, of_means, least / 2)
     return kernel.astype(dtype), bias.astype(dtype)

@@ -138,6 +138,7 @@ def _forms(
         if not meta_gradient:
             raise ValueError("meta_gradient must name at least one form to choose, got none")
         return dict(meta_gradient)
+    refusals.check_function("meta_gradient", meta_gradient, "(params, task) -> (grads, TaskInfo)")
     forms = variants_of(meta_gradient)
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     first = next(iter(forms.values()))

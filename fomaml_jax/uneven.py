@@ -33,6 +33,7 @@ def pad_batch(batch: Batch, size: int) -> tuple[Batch, jax.Array]:
         (Array([5., 6., 0.], dtype=float32), Array([1., 1., 0.], dtype=float32))
     """
     refusals.check_batch("batch", batch)
+    refusals.check_at_least("size", size, 1)
     examples = refusals.check_same_examples(batch)
     if examples > size:
         raise ValueError(

@@ -231,7 +231,7 @@ def test_name_and_documentation_are_kept():
 
 
 def test_refuses_what_is_not_a_function():
-    with pytest.raises(TypeError, match=r"takes a function.*got 3"):
+    with pytest.raises(TypeError, match=r"^fn must be a function .*, got 3"):
         matmul_convolutions(3)
 
 

@@ -272,6 +272,15 @@ SHORT = jax.tree.map(lambda x: x[:, :3], TASKS)
             ValueError,
             "no inner steps, so no support loss; pass num_steps >= 1",
         ),
+        (
+            lambda: fj.online(fj.fomaml(network, optax.sgd(0.1), 1), optax.sgd(0.1)).init(
+                jnp.ones(1),
+                fj.Task(jnp.ones(1), jnp.ones(1)),
+                5,  # pyright: ignore[reportArgumentType]
+            ),
+            TypeError,
+            "key must be one PRNG key, such as",
+        ),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(use, error, message):

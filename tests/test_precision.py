@@ -32,6 +32,21 @@ def test_inside_is_half_and_outside_is_full():
     assert (value.dtype, labels.dtype, grads["w"].dtype) == (jnp.float32, jnp.int32, jnp.float32)
 
 
+def test_arguments_by_name_are_as_those_by_place():
+    """A running average moves by less than bfloat16 can hold, however it is given."""
+
+    def loss(params, batch, state, key):
+        assert params.dtype == batch.dtype == jnp.bfloat16
+        return jnp.sum(params * batch), (0.999 * state + 0.001 * key, None)
+
+    few = fj.compute_in(jnp.bfloat16, loss)
+    params, state, key = jnp.ones(2), jnp.full((), 100.0), jnp.full((), 101.0)
+    expected = few(params, params, state, key)
+    assert expected[1][0] == pytest.approx(100.001, abs=1e-4)
+    by_name = few(params=params, batch=params, state=state, key=key)
+    assert (by_name, few(params, params, state=state, key=key)) == (expected, expected)
+
+
 def test_small_updates_do_not_vanish():
     """1 - 0.01 * 0.1 stays 1 in bfloat16."""
     loss = fj.compute_in(jnp.bfloat16, lambda w, x: jnp.sum(w * x))
@@ -78,7 +93,7 @@ def test_composes_with_matmul_convolutions():
 def test_refusals():
     with pytest.raises(TypeError, match="floating-point"):
         fj.compute_in(jnp.int32, network)
-    with pytest.raises(TypeError, match="takes a dtype and a function"):
+    with pytest.raises(TypeError, match=r"^fn must be a function"):
         fj.compute_in(jnp.bfloat16, 3)
 
 

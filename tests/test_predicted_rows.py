@@ -293,8 +293,11 @@ def test_nothing_known_may_be_an_empty_list_and_what_is_infinite_or_negative_is_
     for known, asked in (((row, [1.0]), [[np.inf, 2.0]]), (([[-np.inf, 2.0]], [1.0]), row)):
         with pytest.raises(ValueError, match="rows hold an infinite feature; pass NaN for one"):
             predict(known, asked)
-    with pytest.raises(ValueError, match="weights must be at least 0"):
-        predict((2 * row, [1.0, 2.0]), row, weights=[-1.0, 1.0])
+    for wrong in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"^weights must be at least 0, finite$"):
+            predict((2 * row, [1.0, 2.0]), row, weights=[wrong, 1.0])
+    level = predict(nothing, row)
+    np.testing.assert_allclose(predict((row, [9.0]), row, weights=[0.0]), level, rtol=1e-5)
     for wrong in (np.nan, np.inf):
         with pytest.raises(ValueError, match="targets must be finite; leave such rows out, or"):
             predict((2 * row, [1.0, wrong]), row)

@@ -166,6 +166,8 @@ def test_refusals(classifier, pictures, adapted):
         jax.eval_shape(lambda y: fj.adapt_classifier(classifier, (pictures, y)), LABELS)
     with pytest.raises(ValueError, match=r"^pictures must be \[n, 28, 28, 1\], got \[6, 28, 28\]$"):
         adapted.predict(pictures[..., 0])
+    with pytest.raises(ValueError, match=r"^background must be one of .*, got 'blue'$"):
+        fj.adapt_classifier(classifier, (pictures, LABELS), background="blue")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"^statistics must be one of .*, got 'batch'$"):
         adapted.predict(pictures, statistics="batch")
 

@@ -495,6 +495,21 @@ def test_impossible_numbers_are_refused(name):
         options.check(options.Glyphs(**{name: value}))
 
 
+def test_numbers_are_judged_by_what_the_option_is():
+    """And not by what they happen to be: a share of zero is an integer in a configuration."""
+    table = {"file": Path("f"), "group": "g", "target": "t", "features": ("x",)}
+    options.check(options.Table(**table, validation=0, inner_clip=1))
+    options.check(options.Glyphs(max_left_out=0))
+    for chosen, message in (
+        (options.Glyphs(affine=1), "--affine must be above 0 and below 0.5, got 1"),
+        (options.Glyphs(rate=0), "--rate must be a finite number above 0, got 0"),
+        (options.Glyphs(steps=2.5), "--steps must be an integer of at least 1, got 2.5"),  # pyright: ignore[reportArgumentType]
+        (options.Table(**table, test=0), "--test must be a share of the groups below 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            options.check(chosen)
+
+
 @pytest.mark.parametrize("chosen", [*DEFAULT.values(), *OTHER_THAN_DEFAULT.values()])
 def test_possible_numbers_are_not(chosen):
     options.check(chosen)

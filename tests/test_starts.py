@@ -32,11 +32,13 @@ def test_the_gradient_of_prototypes_is_stopped_and_absent_classes_are_finite():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_nothing_is_taken_for_a_class_without_examples(dtype):
-    """Where its mean would be, at the origin, there is none."""
-    features = jnp.array([[3.0, 0.0], [0.0, 3.0]], dtype)
+@pytest.mark.parametrize("size", [3.0, 300.0])
+def test_nothing_is_taken_for_a_class_without_examples(dtype, size):
+    """Where its mean would be, at the origin, there is none; 300 squared is beyond float16."""
+    features = jnp.array([[size, 0.0], [0.0, size]], dtype)
     kernel, bias = fj.prototype_head(features, jnp.array([0, 1]), ways=3)
-    logits = jnp.array([[0.9, 0.8], [0.0, 0.1]], dtype) @ kernel + bias[None]
+    logits = jnp.array([[9.0, 8.0], [0.0, 1.0]], dtype) @ kernel + bias[None]
+    assert jnp.isfinite(bias).all()
     assert logits.argmax(1).tolist() == [0, 1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([2, 2]))
     assert jnp.isfinite(losses).all()

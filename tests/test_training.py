@@ -336,7 +336,7 @@ def test_it_runs_in_a_thread_which_no_signal_reaches():
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
         (
             {"checkpoint_every": datetime.timedelta(-1)},
-            "checkpoint_every must be at least no time, got -1 day, 0:00:00",
+            "checkpoint_every must not be negative, got -1 day, 0:00:00",
         ),
         ({"max_left_out": 1.5}, "max_left_out must be a share between 0 and 1, got 1.5"),
         ({"resume": True}, "nothing to resume without a folder"),

@@ -144,6 +144,8 @@ def test_refuses_what_cannot_run():
     mesh = jax.make_mesh((2,), ("tasks",), axis_types=(AxisType.Auto,))
     with pytest.raises(ValueError, match="3"):
         fj.tune(fj.fomaml(quadratic, optax.sgd(0.1), 1), params, tasks, mesh=mesh)
+    with pytest.raises(TypeError, match=r"^meta_gradient must be a function .*, got None"):
+        fj.tune(None, params, tasks)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least one form"):
         fj.tune({}, params, tasks)
 

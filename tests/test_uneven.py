@@ -115,6 +115,10 @@ def test_no_weight_at_all_is_a_zero_gradient():
     [
         (lambda: fj.uneven.pad_batch(jnp.ones(3), 2), "3 examples, more than size=2"),
         (lambda: fj.uneven.pad_batch((jnp.ones(3), jnp.ones(2)), 4), "leads with 2 examples"),
+        (
+            lambda: fj.uneven.pad_batch(jnp.ones(3), 3.5),
+            "size must be an integer of at least 1, got",
+        ),  # pyright: ignore[reportArgumentType]
         (lambda: fj.uneven.stack_tasks([]), "tasks is empty"),
     ],
 )

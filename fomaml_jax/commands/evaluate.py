@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from fomaml_jax import classifiers, experiment, options, problems, runs
+from fomaml_jax.batch_statistics import Statistics
 from fomaml_jax.commands import shift
 from fomaml_jax.commands.endings import plain_warnings, refusing
 from fomaml_jax.commands.tables import table
@@ -36,7 +37,7 @@ class Evaluate:
     """Examples to adapt on (a class); as in the run unless given."""
     queries: int | None = None
     """Examples to be judged on (a class); as in the run unless given."""
-    statistics: Literal["transductive", "one-at-a-time"] | None = None
+    statistics: Statistics | None = None
     """What a query picture is normalised with; as in the run unless given."""
     eval_tasks: int | None = None
     """Unseen tasks; as many as in the run unless given, with --shift 200 a condition."""

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fomaml_jax import contact_sheets, pictures
+from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.commands.tables import STATISTICS
 from fomaml_jax.contact_sheets import Cell
 from fomaml_jax.datasets import Pictures
@@ -76,7 +77,7 @@ def told(
         f"{len(rows)} pictures ({how_read(found, adapted.background)}); {STATISTICS[statistics]}",
         threshold_in_words(adapted),
     ]
-    if statistics == "transductive":
+    if statistics == TRANSDUCTIVE:
         lines.append("it was found with each picture normalised alone, and fits less well here")
     lines.append("")
     width = max(len(row["picture"]) for row in rows[:PRINTED])

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from fomaml_jax import options, pictures, runs
+from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE, Statistics
 from fomaml_jax.classifiers import QUERIES_AT_ONCE
 from fomaml_jax.commands.recognised import judged, known_already, sheet, told
 from fomaml_jax.commands.words import check_folder, check_outside
@@ -32,7 +33,7 @@ class Recognise:
     out: Path | None = None
     """Folder for predictions, contact sheet and result, new or empty; predictions/<time> unless
     given."""
-    statistics: Literal["one-at-a-time", "transductive"] = "one-at-a-time"
+    statistics: Statistics = ONE_AT_A_TIME
     """What a picture is normalised with: the support pictures alone, so that it matters not which
     others are asked about, or all query pictures together."""
     format: Literal["csv", "jsonl"] = "csv"
@@ -112,7 +113,7 @@ def recognise(
 def predictions(adapted: AdaptedClassifier, x: np.ndarray, statistics: Any) -> Predictions:
     """Of any number of pictures, compiled for whole batches of them where each is alone."""
     predict = jax.jit(functools.partial(AdaptedClassifier.predict, statistics=statistics))
-    if statistics == "transductive":
+    if statistics == TRANSDUCTIVE:
         return jax.device_get(predict(adapted, x))
     more = -len(x) % QUERIES_AT_ONCE
     filled = np.concatenate([x, np.repeat(x[:1], more, 0)])

@@ -169,15 +169,16 @@ def _without_processes(words: list[str]) -> tuple[list[str], dict[str, Any] | No
     if "--distributed" not in words:
         for name, value in given.items():
             if value is not None:
-                stop(f"--{name.replace('_', '-')} goes with --distributed", REFUSED)
+                stop(f"{options.flag(name)} goes with --distributed", REFUSED)
         return words, None
     numbers: dict[str, Any] = {}
     for name in ("processes", "process", "lost_after"):
         value = given[name]
         least = 0 if name == "process" else 1
         if value is not None and not (value.isdecimal() and int(value) >= least):
-            option = "--" + name.replace("_", "-")
-            stop(f"{option} must be a number of at least {least}, got {value!r}", REFUSED)
+            stop(
+                f"{options.flag(name)} must be a number of at least {least}, got {value!r}", REFUSED
+            )
         numbers[name] = None if value is None else int(value)
     return [word for word in words if word != "--distributed"], given | numbers
 
