@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fomaml_jax import options, runs
+from fomaml_jax import named_arrays, options, runs
 from fomaml_jax.classifiers import initial_params
 from fomaml_jax.heads import HEAD
 from fomaml_jax.recognition import AdaptedClassifier
@@ -54,7 +54,7 @@ def save_adapted(adapted: AdaptedClassifier, path: str | os.PathLike[str]) -> No
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with runs.replacing(path) as temporary, temporary.open("wb") as file:
-        arrays: dict[str, Any] = {k: _plain(x) for k, x in runs.by_key_path(adapted).items()}
+        arrays: dict[str, Any] = {k: _plain(x) for k, x in named_arrays.by_name(adapted).items()}
         np.savez(file, **{ABOUT: np.asarray(json.dumps(about))}, **arrays)
 
 

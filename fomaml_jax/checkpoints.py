@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from fomaml_jax import named_arrays
 
 MANIFEST = "manifest.json"
 """Names the leaves and the digest of every file: what a checkpoint is checked against."""
@@ -100,7 +101,11 @@ def newest(
             damaged.append(f"the checkpoint {path} is damaged and was left out: {error}")
             continue
         check(manifest["notes"])
-        tree = _fitted(path, manifest, found, like)
+        try:
+            named_arrays.check_like(found, like)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is of another problem: {error}") from None
+        tree = named_arrays.in_structure(found, like)
         return Checkpoint(manifest["step"], tree, manifest["notes"]), damaged
     if damaged:
         raise CheckpointError("no checkpoint can be read: " + "; ".join(damaged))
@@ -114,10 +119,9 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
         CheckpointError: where it is damaged.
     """
     try:
-        manifest, found = _read(path)
+        return _read(path)[1]
     except _DamagedError as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from None
-    return {name: array for (name, *_), array in zip(manifest["leaves"], found, strict=True)}
 
 
 class CheckpointError(ValueError):
@@ -130,10 +134,7 @@ class _DamagedError(Exception):
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     # Under numbers, not under names: a name may be anything, and so may the file system.
-    leaves = [
-        (jax.tree_util.keystr(path), _plain(leaf))
-        for path, leaf in jax.tree.leaves_with_path(checkpoint.tree)
-    ]
+    leaves = named_arrays.by_name(checkpoint.tree).items()
     folder.mkdir()
     with _checkpointer() as orbax:
         # Empty arrays are refused by Orbax, and need no saving.
@@ -162,7 +163,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         flush(path)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest, and the arrays by their names."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version, digest = manifest["format"], manifest.pop("digest")
@@ -189,45 +191,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
         return np.asarray(found[numbered]) if numbered in found else np.zeros(shape, dtype)
 
     kinds = enumerate(manifest["leaves"])
-    return manifest, [array(i, dtype, shape) for i, (_, dtype, shape) in kinds]
-
-
-def _fitted(path: Path, manifest: dict[str, Any], arrays: list[np.ndarray], like: Any) -> Any:
-    """The arrays in the structure of `like`, if they are of its names, shapes and dtypes."""
-    expected = {
-        jax.tree_util.keystr(name): (str(plain.dtype), list(plain.shape))
-        for name, leaf in jax.tree.leaves_with_path(like)
-        for plain in [_plain(leaf)]
-    }
-    found = {name: (dtype, shape) for name, dtype, shape in manifest["leaves"]}
-    for name in [*expected, *found]:
-        if expected.get(name) != found.get(name):
-            raise CheckpointError(
-                f"{path} is of another problem: {name} should be {_shown(expected.get(name))}, "
-                f"found {_shown(found.get(name))}"
-            )
-    by_name = {name: array for (name, *_), array in zip(manifest["leaves"], arrays, strict=True)}
-
-    def restored(name, leaf):
-        array = jax.device_put(by_name[jax.tree_util.keystr(name)])
-        if not _is_key(leaf):
-            return array
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-
-    return jax.tree.map_with_path(restored, like)
-
-
-def _shown(kind: tuple[str, list[int]] | None) -> str:
-    return "nothing" if kind is None else f"{kind[0]}{kind[1]}"
-
-
-def _plain(leaf: Any) -> np.ndarray:
-    """A leaf as numbers, PRNG keys too."""
-    return np.asarray(jax.device_get(jax.random.key_data(leaf) if _is_key(leaf) else leaf))
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
+    return manifest, {name: array(i, dtype, shape) for i, (name, dtype, shape) in kinds}
 
 
 def check_possible() -> None:

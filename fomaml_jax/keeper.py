@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from fomaml_jax import checkpoints, processes, runs
+from fomaml_jax import checkpoints, named_arrays, processes, runs
 from fomaml_jax.checkpoints import Checkpoint, CheckpointError
 from fomaml_jax.history import History
 
@@ -26,9 +24,9 @@ class Keeper:
 
     folder: Path | None
     identity: dict[str, Any]
-    """Another one's history is not taken up."""
+    """What the run is: a checkpoint of another is refused."""
     made_by: dict[str, Any]
-    """What else bits depend on."""
+    """The version and the devices that rounding depends on."""
 
     def take_up(self, history: History, resume: bool) -> None:
         """Goes on from the newest checkpoint, or begins in an empty folder."""
@@ -108,7 +106,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """What a run is, as plain JSON."""
     return {
-        "key": _key_numbers(key),
+        "key": named_arrays.by_name(key)[""].tolist(),
         "tasks_per_step": tasks_per_step,
         "random numbers": str(jax.random.key_impl(key)),
         "config": json.loads(json.dumps(dict(config or {}), allow_nan=False)),
@@ -116,7 +114,7 @@ def identity_of(
 
 
 def made_by(mesh: Mesh | None) -> dict[str, Any]:
-    """What else bits depend on."""
+    """The version and the devices that rounding depends on."""
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
     return {
         "jax": jax.__version__,
@@ -144,8 +142,3 @@ def _flat(identity: dict[str, Any]) -> dict[str, Any]:
     """With what the caller had to say under names of its own."""
     config = {f"config[{name!r}]": value for name, value in identity.get("config", {}).items()}
     return {name: value for name, value in identity.items() if name != "config"} | config
-
-
-def _key_numbers(key: jax.Array) -> list[int]:
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.device_get(jax.random.key_data(key) if typed else key)).tolist()

@@ -24,7 +24,7 @@ except ImportError:  # Windows
 import jax
 import numpy as np
 
-from fomaml_jax import options, processes
+from fomaml_jax import named_arrays, options, processes
 from fomaml_jax.checkpoints import CheckpointError, flush
 from fomaml_jax.types import Params
 
@@ -346,7 +346,7 @@ def is_handed_on(folder: Path, first: Params) -> bool:
     """Whether there are parameters other than the first ones, and nothing of a run around them."""
     begun = any((folder / name).exists() for name in (CHECKPOINTS, METRICS, DATA))
     there = (folder / PARAMETERS).is_file()
-    return there and not begun and not _holds(folder / PARAMETERS, by_key_path(first))
+    return there and not begun and not _holds(folder / PARAMETERS, named_arrays.by_name(first))
 
 
 def warn_if_begun(folder: Path) -> None:
@@ -370,7 +370,7 @@ def save_parameters(folder: Path, params: Params) -> None:
 
     What other parameters came to before goes, once these are written.
     """
-    named = by_key_path(params)
+    named = named_arrays.by_name(params)
     if _holds(folder / PARAMETERS, named):
         return
     with replacing(folder / PARAMETERS) as temporary:
@@ -378,12 +378,6 @@ def save_parameters(folder: Path, params: Params) -> None:
         if processes.is_first():
             for name in (RESULT, PER_TASK):
                 (folder / name).unlink(missing_ok=True)
-
-
-def by_key_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree as NumPy arrays, their key paths as names."""
-    leaves = jax.tree.leaves_with_path(jax.device_get(tree))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _holds(path: Path, named: dict[str, np.ndarray]) -> bool:
@@ -424,28 +418,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def fitted(path: Path, saved: dict[str, np.ndarray], like: Params) -> Params:
-    """The arrays that were read from `path`, named by their key paths, in the structure of `like`.
+    """The named arrays that were read from `path` in the structure of `like`.
 
     Raises:
         ValueError: where names, shapes or dtypes differ from those of `like`.
     """
-    saved = dict(saved)
-
-    def find(key_path, leaf):
-        name = jax.tree_util.keystr(key_path)
-        found = saved.pop(name, None)
-        if found is None or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
-            raise ValueError(
-                f"{path} does not fit its configuration: {name} should be "
-                f"{leaf.dtype}{list(leaf.shape)}, found "
-                f"{'nothing' if found is None else f'{found.dtype}{list(found.shape)}'}"
-            )
-        return jax.numpy.asarray(found)
-
-    params = jax.tree.map_with_path(find, like)
-    if saved:
-        raise ValueError(f"{path} does not fit its configuration: unexpected {sorted(saved)}")
-    return params
+    try:
+        named_arrays.check_like(saved, like)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit its configuration: {error}") from None
+    return named_arrays.in_structure(saved, like)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from few_shot_runs import small_classifier, small_networks, write_run
 from problems import assert_close
 
 import fomaml_jax as fj
-from fomaml_jax import adapted_files, classifiers, options, runs, thresholds
+from fomaml_jax import adapted_files, classifiers, named_arrays, options, runs, thresholds
 from fomaml_jax.batch_statistics import Beside
 from fomaml_jax.heads import HEAD, with_head, without_head
 
@@ -204,7 +204,7 @@ def test_a_file_that_is_damaged_or_another_is_refused(adapted, tmp_path):
             fj.load_adapted(path)
     with pytest.raises(ValueError, match=f"parameters.npz is of another kind: {expected}$"):
         fj.load_adapted(write_run(tmp_path / "run") / runs.PARAMETERS)
-    kept = runs.by_key_path(adapted)
+    kept = named_arrays.by_name(adapted)
     about = {
         "kind": f"{adapted_files.KIND}, {adapted_files.VERSION}",
         "config": options.to_json(adapted.chosen),

@@ -67,7 +67,10 @@ MISFITS = {
         {"w": jnp.zeros(2), "b": jnp.zeros(())},
         "does not fit its configuration: ['b'] should be float32[], found nothing",
     ),
-    "one too many": ({}, "does not fit its configuration: unexpected [\"['w']\"]"),
+    "one too many": (
+        {},
+        "does not fit its configuration: ['w'] should be nothing, found float32[2]",
+    ),
 }
 
 
