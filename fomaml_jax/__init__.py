@@ -4,6 +4,7 @@ from fomaml_jax import batch_statistics, datasets, models, rates, schedules, shi
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.adapted_files import load_adapted, save_adapted
 from fomaml_jax.change_detection import Change, ChangeDetector, cusum
+from fomaml_jax.checkpoints import CheckpointError
 from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.evaluation import Evaluation, evaluate, evaluate_on, paired_difference
@@ -48,6 +49,7 @@ __all__ = [
     "Batch",
     "Change",
     "ChangeDetector",
+    "CheckpointError",
     "Classifier",
     "Diagnosis",
     "DivergedError",

@@ -87,18 +87,22 @@ def load_adapted(path: str | os.PathLike[str]) -> AdaptedClassifier:
         saved = runs.read_arrays(path)
     except ValueError:
         raise ValueError(f"{path} is damaged, or of another kind: {_EXPECTED}") from None
+    another = f"{path} is of another kind: {_EXPECTED}"
     try:
         about = json.loads(str(saved.pop(ABOUT)))
         kind, version = about["kind"].rsplit(", ", 1)
-        if kind == KIND and version != VERSION:
-            raise ValueError(f"{path} was written by another version of fomaml_jax, as {version}")
-        if kind != KIND:
-            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(another) from None
+    if kind != KIND:
+        raise ValueError(another)
+    if version != VERSION:
+        raise ValueError(f"{path} was written by another version of fomaml_jax, as {version}")
+    try:
         return runs.fitted(path, saved, _like(about, saved))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        is_said = str(error).startswith((str(path), "the configuration"))
-        said = f" ({error})" if is_said else ""
-        raise ValueError(f"{path} is of another kind: {_EXPECTED}{said}") from None
+    except (KeyError, TypeError, AttributeError, IndexError):  # it lacks something
+        raise ValueError(another) from None
+    except ValueError as error:
+        raise ValueError(f"{another} ({error})") from None
 
 
 def _like(about: dict[str, Any], saved: dict[str, np.ndarray]) -> Any:

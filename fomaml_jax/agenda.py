@@ -72,7 +72,6 @@ def agenda_of(
     Raises:
         ValueError: naming the argument, the value, and what it may be.
     """
-    tasks_per_step = refusals.check_at_least("tasks_per_step", tasks_per_step, 1)
     steps, tasks = _count("steps", steps), _count("tasks", tasks)
     validate_every, patience = (
         _count("validate_every", validate_every),

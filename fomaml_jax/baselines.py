@@ -147,7 +147,7 @@ def joint_pretraining(
 
     def on_validation(factor: float) -> float:
         judgement = judged(factor, problem.validation, 200, jax.random.fold_in(key, 1))
-        score = float(judgement.mean[-1]) * (1 if problem.metric == "accuracy" else -1)
+        score = float(judgement.mean[-1]) * (-1 if problem.lower_is_better else 1)
         return -math.inf if math.isnan(score) else score
 
     best = max(FINE_TUNING_FACTORS, key=on_validation)
@@ -178,7 +178,7 @@ def _pretrain_on_points(chosen: options.Options, problem: Problem, fit: Fit) -> 
 
 
 def _all_rows(tasks: TaskDistribution) -> TaskDistribution:
-    """Tasks whose support and query are both of both."""
+    """The same tasks, all rows of each in its support and in its query."""
 
     def sample_task(key: jax.Array) -> Task:
         task = tasks(key)

@@ -106,7 +106,7 @@ def one_at_a_time(
     def predict_separately(params: Params, inputs: Any) -> jax.Array:
         if not isinstance(inputs, Beside):
             return predict(params, inputs)
-        refusals.check_same_kind(inputs.support, inputs.query)
+        _check_same_kind(inputs.support, inputs.query)
 
         def behind(support: jax.Array, query: jax.Array) -> jax.Array:
             return jnp.concatenate([support, query[None]])
@@ -176,3 +176,17 @@ def _pair(name: str, batch: Batch) -> tuple[Any, Any]:
             f"the {name} batch must be a pair (inputs, targets), got a {type(batch).__name__}"
         )
     return batch
+
+
+def _check_same_kind(support: Any, query: Any) -> None:
+    """Refuses support and query inputs that cannot stand in one batch."""
+
+    def of_an_example(tree):
+        structure, leaves = refusals.described(tree)
+        return structure, [(shape[1:], dtype) for shape, dtype in leaves]
+
+    if of_an_example(support) != of_an_example(query):
+        raise ValueError(
+            "support and query inputs must differ in nothing but their number of examples; got "
+            f"{jax.tree.map(jax.typeof, support)} and {jax.tree.map(jax.typeof, query)}"
+        )

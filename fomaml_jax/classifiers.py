@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from fomaml_jax import models, options, refusals, runs
 from fomaml_jax.adaptation import adapt
+from fomaml_jax.augmentation import float_pixels
 from fomaml_jax.batch_statistics import one_at_a_time
 from fomaml_jax.convolutions import matmul_convolutions
 from fomaml_jax.dtypes import accumulator
@@ -27,7 +28,6 @@ from fomaml_jax.heads import (
     with_head,
     without_head,
 )
-from fomaml_jax.tasks import as_float
 from fomaml_jax.trainable import Trainable
 from fomaml_jax.types import Batch, LossFn, Params, WithRates
 from fomaml_jax.uneven import weighted_mean
@@ -35,10 +35,10 @@ from fomaml_jax.uneven import weighted_mean
 Predict = Callable[[Params, Any], jax.Array]
 
 QUERIES_AT_ONCE = 16
-"""Of queries that are normalised one at a time, each in a batch of its own."""
+"""How many queries are judged together, where each is normalised in a batch of its own."""
 
 BRIGHTEST = 16
-"""Pixels beyond are of pictures never brought to [0, 1]; noise may lead a little out of it."""
+"""A pixel beyond this is of a picture never brought to [0, 1]; noise may exceed 1 a little."""
 
 READY = Path(__file__).with_name("pretrained")
 """The folder of trained networks that come with the package, each a run's."""
@@ -307,7 +307,7 @@ def as_pictures(x: Any, picture: tuple[int, ...]) -> jax.Array:
         ValueError: for any of another shape; for floats that are not finite, or far beyond 1.
     """
     _check_brightness(x)
-    x = refusals.checked_pixels(as_float(jnp.asarray(x)))
+    x = float_pixels(x)
     if x.shape[1:] != picture:
         shape = ", ".join(map(str, picture))
         raise ValueError(f"pictures must be [n, {shape}], got {list(x.shape)}")

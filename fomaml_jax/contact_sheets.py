@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fomaml_jax.labels import plain
 from fomaml_jax.pictures import ACCENT, INK, RIGHT, WRONG
+from fomaml_jax.wording import plain
 
 COLUMNS = 10
 MOST = 300

@@ -1,4 +1,4 @@
-"""How many bits sums, norms and places in a picture need, of numbers in fewer."""
+"""The precision in which numbers of few bits are summed, and places in a picture computed."""
 
 from typing import Any
 

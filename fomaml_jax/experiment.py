@@ -232,7 +232,7 @@ def meta_train(
         num_tasks=VALIDATION_TASKS,
     )
 
-    sign = 1 if problem.metric == "accuracy" else -1
+    sign = -1 if problem.lower_is_better else 1
     rows = runs.read_metrics(folder) if resume else []
     scores = [sign * row["validation"] for row in rows if "validation" in row]
 
@@ -321,7 +321,7 @@ def training_of(
         tasks_at_once=problem.tasks_at_once,
         seconds=None if minutes is None else 60 * minutes,
         patience=chosen.patience,
-        lower_is_better=problem.metric != "accuracy",
+        lower_is_better=problem.lower_is_better,
         max_left_out=chosen.max_left_out,
         checkpoint_every=options.checkpoint_interval(chosen.checkpoint_every),
         **follow,

@@ -63,7 +63,7 @@ class History:
         return self.step == self.last_report
 
     def copied(self) -> "History":
-        """This moment, which the next call does not take away."""
+        """A copy, which outlives the next call: that is given these arrays for good."""
         kept = jax.tree.map(jnp.copy, self.carry)
         return dataclasses.replace(self, carry=kept, metrics=list(self.metrics))
 

@@ -198,7 +198,7 @@ def initial(optimizer: optax.GradientTransformation) -> Callable[[Params], MetaS
 
     def init(params: Params) -> MetaState:
         refusals.check_params(params)
-        # Of their very dtypes: a step would not give back a weak one, and be compiled twice.
+        # Weak types made strong: a step returns strong ones, and would be compiled a second time.
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), params)
         _refuse_bad_rates(optimizer, params)
         opt_state = of_its_own(optimizer.init(params))

@@ -395,7 +395,7 @@ def closed(
 
 
 def finite_with(info: TaskInfo, grads: Any) -> TaskInfo:
-    """Of a task that is finite if it was, and these gradients are too."""
+    """The info, of which `finite` now says that these gradients are finite too."""
     finite = jnp.stack([info.finite, *map(_all_finite, jax.tree.leaves(grads))]).all()
     return info._replace(finite=finite)
 

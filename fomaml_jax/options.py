@@ -277,11 +277,14 @@ DATA_SETS: dict[str, type[Options]] = {
 }
 
 
+ACCURACY = "accuracy"
+
+
 def metric_of(chosen: Options) -> str:
     """What a run is judged by."""
     if isinstance(chosen, Table):
         return f"mean absolute error of {chosen.target}"
-    return "accuracy" if isinstance(chosen, ImageOptions) else "mean squared error"
+    return ACCURACY if isinstance(chosen, ImageOptions) else "mean squared error"
 
 
 def name_of(options: Options) -> str:

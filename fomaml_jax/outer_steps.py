@@ -16,7 +16,7 @@ from fomaml_jax.tasks import task_keys
 from fomaml_jax.types import TaskInfo
 
 CALL_SECONDS = 1.0
-"""How long one compiled call should take: as often can a run be followed, saved and stopped."""
+"""How long one compiled call should take: only between calls is a run reported, saved, stopped."""
 
 DIVERGED_STEPS = 10
 """After so many steps in a row that left out too many tasks, a run has diverged."""

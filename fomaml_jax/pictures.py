@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from fomaml_jax import options, problems, runs
 from fomaml_jax.batch_statistics import queries_of
-from fomaml_jax.labels import plain
 from fomaml_jax.problems import Problem
 from fomaml_jax.types import Params, Task
+from fomaml_jax.wording import plain
 
 INK, ACCENT, RIGHT, WRONG = "#222222", "#c2410c", "#15803d", "#b91c1c"
 BASELINE_STYLES = ("--", ":", "-.")

@@ -91,6 +91,11 @@ class Problem:
     columns: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     @property
+    def lower_is_better(self) -> bool:
+        """Whether the metric is an error."""
+        return self.metric != options.ACCURACY
+
+    @property
     def standard(self) -> tuple[float, float]:
         """Mean and standard deviation by which targets are standardised."""
         return next(iter(self.columns.values()), (0.0, 1.0))

@@ -19,33 +19,32 @@ class Progress(Protocol):
 
 
 @contextlib.contextmanager
-def progress(name: str | None, total: int | None, unit: str, done: int = 0) -> Iterator[Progress]:
+def progress(name: str | None, total: int | None, done: int = 0) -> Iterator[Progress]:
     """A bar where one can be drawn, and a line now and then where not.
 
     Args:
         name: what is going on; `None` shows nothing.
-        total: how much there is to do, where that is known.
-        unit: of what.
-        done: how much was done before.
+        total: how many tasks there are to do, where that is known.
+        done: how many were done before.
     """
     if name is None or sys.stderr is None:
         yield lambda done, note: None
         return
     shows_bars = sys.stderr.isatty() or "ipykernel" in sys.modules
-    with _bar(name, total, unit, done) if shows_bars else _lines(name, total, unit, done) as told:
+    with _bar(name, total, done) if shows_bars else _lines(name, total, done) as told:
         yield told
 
 
 @contextlib.contextmanager
-def _bar(name: str, total: int | None, unit: str, done: int) -> Iterator[Progress]:
+def _bar(name: str, total: int | None, done: int) -> Iterator[Progress]:
     try:
         from tqdm.auto import tqdm
     except ModuleNotFoundError:  # an extra, of the command line
-        with _lines(name, total, unit, done) as told:
+        with _lines(name, total, done) as told:
             yield told
         return
     kwargs: dict[str, Any] = {} if "ipykernel" in sys.modules else {"ncols": 100}
-    bar = tqdm(total=total, initial=done, desc=name, unit=f" {unit}", unit_scale=True, **kwargs)
+    bar = tqdm(total=total, initial=done, desc=name, unit=" tasks", unit_scale=True, **kwargs)
 
     def tell(done: int, note: str) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -57,7 +56,7 @@ def _bar(name: str, total: int | None, unit: str, done: int) -> Iterator[Progres
 
 
 @contextlib.contextmanager
-def _lines(name: str, total: int | None, unit: str, done: int) -> Iterator[Progress]:
+def _lines(name: str, total: int | None, done: int) -> Iterator[Progress]:
     first, started, last_said = done, time.monotonic(), time.monotonic()
     latest: tuple[int, str] | None = None
     lines = 0
@@ -72,10 +71,10 @@ def _lines(name: str, total: int | None, unit: str, done: int) -> Iterator[Progr
         left = ""
         if total and speed and lines > 1:  # at the first line most of the time was compilation
             left = f", {_clock((total - done) / speed)} left"
-        pace = f"{_clock(seconds)}{left}, {speed:.3g} {unit}/s"
+        pace = f"{_clock(seconds)}{left}, {speed:.3g} tasks/s"
         with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
             sys.stderr.write(
-                f"{name}{share}: {done}{of_all} {unit} in {pace}{note and f', {note}'}\n"
+                f"{name}{share}: {done}{of_all} tasks in {pace}{note and f', {note}'}\n"
             )
             sys.stderr.flush()
 

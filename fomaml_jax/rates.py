@@ -1,6 +1,6 @@
 """Inner rates as parameters: trees of them, optimizers made from them, a report of their ways."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +82,10 @@ def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTr
 
     def update(updates, state, params=None):
         del params
-        refusals.check_inner_rates(rates, updates, per_step)
+        _check_fits(rates, updates, per_step)
 
         def scaled(update, rate):
-            if refusals.is_absent(update):
+            if _is_absent(update):
                 return update
             rate = jnp.asarray(rate)
             if per_step:
@@ -97,7 +97,7 @@ def scale_by_rates(rates: Params, *, per_step: bool = False) -> optax.GradientTr
             wide = max(both, key=lambda dtype: jnp.finfo(dtype).bits)
             return (-rate.astype(wide) * update.astype(wide)).astype(update.dtype)
 
-        scaled_updates = jax.tree.map(scaled, updates, rates, is_leaf=refusals.is_absent)
+        scaled_updates = jax.tree.map(scaled, updates, rates, is_leaf=_is_absent)
         return scaled_updates, optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformation(init, update)
@@ -135,3 +135,38 @@ def report(before: Params, after: Params) -> str:
         " ".join([row[0].ljust(width), *(cell.rjust(9) for cell in row[1:-1]), row[-1].rjust(12)])
         for row in rows
     )
+
+
+def _is_absent(x: Any) -> bool:
+    """Whether this stands in a tree of updates for a leaf that is not adapted: None, or optax's."""
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _check_fits(rates: Any, updates: Any, per_step: bool) -> None:
+    """Refuses rates that are neither one for a tensor nor one for each of its elements."""
+    hint = "fomaml_jax.rates.like(params, rate) makes rates that fit"
+
+    def flat(tree):
+        return jax.tree.flatten_with_path(tree, is_leaf=_is_absent)
+
+    (leaves, structure), (given, found) = flat(updates), flat(rates)
+    if structure != found:
+        raise ValueError(
+            f"rates must have the structure of params, {structure}, got {found}; {hint}"
+        )
+    for (path, update), (_, rate) in zip(leaves, given, strict=True):
+        if _is_absent(update):
+            continue
+        where, shape = f"rates{jax.tree_util.keystr(path)}", np.shape(rate)
+        if _is_absent(rate):
+            raise ValueError(f"{where} is None, but that parameter is adapted; {hint}")
+        if per_step and not shape:
+            raise ValueError(
+                f"{where} is a scalar, but with per_step rates lead with the step; {hint}"
+            )
+        of_one = shape[1:] if per_step else shape
+        if of_one not in ((), np.shape(update)):
+            behind = "behind the steps" if per_step else "(per_step=True where steps lead)"
+            raise ValueError(
+                f"{where} has shape {shape}, expected () or {np.shape(update)} {behind}; {hint}"
+            )

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from fomaml_jax.types import (
@@ -53,41 +52,6 @@ def check_bare(params: Params) -> None:
         )
 
 
-def is_absent(x: Any) -> bool:
-    """Whether this stands in a tree of updates for a leaf that is not adapted: None, or optax's."""
-    return x is None or isinstance(x, optax.MaskedNode)
-
-
-def check_inner_rates(rates: Any, updates: Any, per_step: bool) -> None:
-    """Refuses rates that are neither one for a tensor nor one for each of its elements."""
-    hint = "fomaml_jax.rates.like(params, rate) makes rates that fit"
-
-    def flat(tree):
-        return jax.tree.flatten_with_path(tree, is_leaf=is_absent)
-
-    (leaves, structure), (given, found) = flat(updates), flat(rates)
-    if structure != found:
-        raise ValueError(
-            f"rates must have the structure of params, {structure}, got {found}; {hint}"
-        )
-    for (path, update), (_, rate) in zip(leaves, given, strict=True):
-        if is_absent(update):
-            continue
-        where, shape = f"rates{jax.tree_util.keystr(path)}", np.shape(rate)
-        if is_absent(rate):
-            raise ValueError(f"{where} is None, but that parameter is adapted; {hint}")
-        if per_step and not shape:
-            raise ValueError(
-                f"{where} is a scalar, but with per_step rates lead with the step; {hint}"
-            )
-        of_one = shape[1:] if per_step else shape
-        if of_one not in ((), np.shape(update)):
-            behind = "behind the steps" if per_step else "(per_step=True where steps lead)"
-            raise ValueError(
-                f"{where} has shape {shape}, expected () or {np.shape(update)} {behind}; {hint}"
-            )
-
-
 def check_batch(name: str, batch: Batch, axis: int = 0) -> None:
     """Refuses a batch without examples, which are along this axis."""
     leaves = jax.tree.leaves_with_path(batch)
@@ -99,13 +63,6 @@ def check_batch(name: str, batch: Batch, axis: int = 0) -> None:
                 f"{name}{jax.tree_util.keystr(path)} is empty (shape {np.shape(leaf)}); "
                 "pass at least one example"
             )
-
-
-def checked_pixels(x: jax.Array) -> jax.Array:
-    """The pictures, refusing all but floats."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"pictures must be uint8, or floats in [0, 1], got {x.dtype}")
-    return x
 
 
 def check_same_examples(batch: Batch) -> int:
@@ -198,38 +155,9 @@ def check_divides(num_tasks: int, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def broadcast_mask(trainable: Any, params: Params) -> Any:
-    """A tree of booleans for every leaf, from one that may stop earlier."""
-    try:
-        return jax.tree.map(
-            lambda choice, below: jax.tree.map(lambda _: choice, below), trainable, params
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            "trainable does not fit the structure of params; pass a pytree of booleans of that "
-            f"structure (one may stand for all below it), or a function of the path: {error}"
-        ) from None
-
-
-def check_mask(mask: Any, params: Params) -> None:
-    """Refuses choices that are not booleans, and a choice of nothing."""
-    choices = jax.tree.leaves_with_path(mask)
-    for path, choice in choices:
-        if not isinstance(choice, bool | np.bool_):
-            raise TypeError(
-                f"trainable says {choice!r} of params{jax.tree_util.keystr(path)}; say True for "
-                "what the inner loop adapts and False for what it leaves alone"
-            )
-    if not any(choice for _, choice in choices):
-        names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in choices]
-        raise ValueError(
-            f"trainable chooses no parameter; choose at least one of {', '.join(names[:20])}"
-        )
-
-
 def check_like_params(name: str, out: Any, params: Params) -> None:
     """Refuses what a function made of the parameters if it is not like them."""
-    if _described(out) != _described(params):
+    if described(out) != described(params):
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes that it was given; got "
             f"{jax.tree.map(jax.typeof, out)} for {jax.tree.map(jax.typeof, params)}"
@@ -255,7 +183,7 @@ def check_gradients(grads: Params, params: Params) -> None:
     """Refuses gradients that cannot be summed for the parameters; their precision may differ."""
 
     def shapes(tree):
-        structure, leaves = _described(tree)
+        structure, leaves = described(tree)
         return structure, [shape for shape, _ in leaves]
 
     is_real = [jnp.issubdtype(jnp.result_type(g), jnp.floating) for g in jax.tree.leaves(grads)]
@@ -325,25 +253,11 @@ def check_arrays(name: str, tree: Any) -> None:
 
 def check_same_task(task: Any, first: Any) -> None:
     """Refuses a task of other structure, shapes or dtypes than the learner was made for."""
-    if _described(task) != _described(first):
+    if described(task) != described(first):
         raise ValueError(
             "task must have the structure, shapes and dtypes of the one that init was given; got "
             f"{jax.tree.map(jax.typeof, task)}, not {jax.tree.map(jax.typeof, first)} (for tasks "
             "of uneven size see fj.uneven)"
-        )
-
-
-def check_same_kind(support: Any, query: Any) -> None:
-    """Refuses support and query inputs that cannot stand in one batch."""
-
-    def of_an_example(tree):
-        structure, leaves = _described(tree)
-        return structure, [(shape[1:], dtype) for shape, dtype in leaves]
-
-    if of_an_example(support) != of_an_example(query):
-        raise ValueError(
-            "support and query inputs must differ in nothing but their number of examples; got "
-            f"{jax.tree.map(jax.typeof, support)} and {jax.tree.map(jax.typeof, query)}"
         )
 
 
@@ -451,8 +365,8 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
-def _described(tree: Any) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
-    """To be compared: a container of the caller's, rebuilt, need not be equal to another."""
+def described(tree: Any) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
+    """What is compared of a tree: two containers of the caller's own class need not be equal."""
     leaves = [(np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
     return jax.tree.structure(tree), leaves
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fomaml_jax import options, runs
-from fomaml_jax.labels import caveat, decimals, plain
+from fomaml_jax.wording import caveat, decimals, plain
 
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#222222")
 
@@ -149,7 +149,7 @@ def _scored(run: Finished) -> str:
     if None in (run.result["mean"], run.result["ci95"]):
         return "not finite"
     mean, ci95 = run.result["mean"], run.result["ci95"]
-    if metric(run) == "accuracy":
+    if metric(run) == options.ACCURACY:
         return f"{100 * mean:.2f} ± {100 * ci95:.2f} %"
     places = decimals([abs(mean)])
     return f"{mean:.{places}f} ± {ci95:.{places}f}"

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fomaml_jax import refusals
+from fomaml_jax import augmentation, refusals
 from fomaml_jax.dtypes import accumulator
-from fomaml_jax.tasks import TaskDistribution, as_float, resampled
+from fomaml_jax.tasks import TaskDistribution
 from fomaml_jax.types import Batch, Task
 
 Shift = Callable[[jax.Array, Task], Task]
@@ -91,7 +91,7 @@ def rotation(degrees: Strength, *, of: Of = "both") -> Shift:
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         # Rows go downwards; each pixel is fetched from where it was.
         matrix = jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])
-        return jax.vmap(lambda picture: resampled(picture, matrix))(x)
+        return jax.vmap(lambda picture: augmentation.resampled(picture, matrix))(x)
 
     return _on_pictures(turn, of)
 
@@ -330,7 +330,7 @@ def _pictures(name: str, x: jax.Array) -> jax.Array:
         raise ValueError(
             f"the {name} batch must have pictures [n, height, width, ...], got shape {np.shape(x)}"
         )
-    return refusals.checked_pixels(as_float(jnp.asarray(x)))
+    return augmentation.float_pixels(x)
 
 
 def _pair(name: str, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -8,8 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fomaml_jax import kept_numbers, refusals
-from fomaml_jax.dtypes import accumulator
+from fomaml_jax import augmentation, kept_numbers, refusals
+from fomaml_jax.augmentation import (
+    Augmentation,
+    as_float,
+    random_affine,
+    random_shift,
+    resampled,
+    rotated_classes,
+)
 from fomaml_jax.groups import each_group, from_groups
 from fomaml_jax.streams import Waves, drift_and_jumps, drifting, sine_waves
 from fomaml_jax.types import Task
@@ -35,9 +42,6 @@ __all__ = [
 
 TaskDistribution = Callable[[jax.Array], Task]
 """`key -> Task`, pure; `jax.vmap` of it makes a meta-batch."""
-
-Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(key, example) -> example`, of the same shape and dtype."""
 
 
 def task_keys(key: jax.Array, step: int | jax.Array, num_tasks: int) -> jax.Array:
@@ -189,7 +193,7 @@ def episodes(
             order = _shuffle(order_key, examples.size)
             labels = order // examples.shape[1]
             x = as_float(images[classes[labels], examples.reshape(-1)[order]])
-            x = x if turns is None else jax.vmap(_turn)(x, turns[labels])
+            x = x if turns is None else jax.vmap(augmentation.turned)(x, turns[labels])
             if augment is not None:
                 x = jax.vmap(augment)(jax.random.split(augment_key, len(x)), x)
             return x, labels.astype(jnp.int32)
@@ -197,116 +201,6 @@ def episodes(
         return Task(batch(support_key, examples[:, :shots]), batch(query_key, examples[:, shots:]))
 
     return sample_task
-
-
-def rotated_classes(images: np.ndarray) -> np.ndarray:
-    """Each class turned by 0, 90, 180 and 270 degrees as four classes of their own.
-
-    Args:
-        images: `[classes, examples, size, size, ...]`.
-
-    Returns:
-        `[4 * classes, examples, size, size, ...]`; class `c` turned `k` times is `k * classes + c`.
-
-    Example:
-        >>> import numpy as np, fomaml_jax as fj
-        >>> fj.tasks.rotated_classes(np.zeros((3, 20, 28, 28, 1), np.uint8)).shape
-        (12, 20, 28, 28, 1)
-
-    References:
-        Santoro et al., `Meta-Learning with Memory-Augmented Neural Networks
-        <https://proceedings.mlr.press/v48/santoro16.html>`_, 2016.
-    """
-    _check_square(images.shape)
-    return np.concatenate([np.rot90(images, turns, axes=(2, 3)) for turns in range(4)])
-
-
-def random_shift(pixels: int) -> Augmentation:
-    """Moves a picture by up to so many pixels in each direction; what comes in is zero.
-
-    Args:
-        pixels: at least 1.
-
-    Returns:
-        `(key, image [height, width, ...]) -> image`, for `episodes(augment=...)`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, fomaml_jax as fj
-        >>> fj.tasks.random_shift(2)(jax.random.key(0), jnp.ones((28, 28, 1))).shape
-        (28, 28, 1)
-    """
-    refusals.check_at_least("pixels", pixels, 1)
-
-    def shift(key: jax.Array, image: jax.Array) -> jax.Array:
-        border = [(pixels, pixels)] * 2 + [(0, 0)] * (image.ndim - 2)
-        corner = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
-        starts = (*corner, *[0] * (image.ndim - 2))
-        return jax.lax.dynamic_slice(jnp.pad(image, border), starts, image.shape)
-
-    return shift
-
-
-def random_affine(most: float) -> Augmentation:
-    """Turns, slants and stretches a picture about its middle; what comes in is zero.
-
-    Args:
-        most: by how much each entry of the 2 x 2 matrix may be off the identity's, above 0 and
-            below 0.5. With 0.1 that is up to 6 degrees, or a tenth of the size.
-
-    Returns:
-        `(key, image [height, width, ...]) -> image` in floating point, for
-        `episodes(augment=...)`; pixels are interpolated linearly.
-
-    Raises:
-        ValueError: for another number.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, fomaml_jax as fj
-        >>> image = fj.tasks.random_affine(0.1)(jax.random.key(0), jnp.ones((28, 28, 1)))
-        >>> image.shape, image[14, 14].item()
-        ((28, 28, 1), 1.0)
-    """
-    if not 0 < most < 0.5:
-        raise ValueError(f"most must be above 0 and below 0.5, got {most}")
-
-    def transform(key: jax.Array, image: jax.Array) -> jax.Array:
-        image = refusals.checked_pixels(image)
-        off = jax.random.uniform(key, (2, 2), accumulator(image.dtype), -most, most)
-        return resampled(image, jnp.eye(2, dtype=off.dtype) + off)
-
-    return transform
-
-
-def resampled(image: jax.Array, matrix: jax.Array) -> jax.Array:
-    """A picture whose pixels are fetched from elsewhere, and from beyond its borders as zero.
-
-    Args:
-        image: `[height, width, ...]`, floating point.
-        matrix: `[2, 2]`, from a place (row, column) about the middle to that from which it is
-            fetched; pixels are interpolated linearly.
-
-    Returns:
-        The picture, of the same shape.
-
-    Raises:
-        TypeError: for a picture of integers.
-
-    Example:
-        >>> import jax.numpy as jnp, fomaml_jax as fj
-        >>> fj.tasks.resampled(jnp.array([[0.0, 1.0]]), -jnp.eye(2))
-        Array([[1., 0.]], dtype=float32)
-    """
-    image = refusals.checked_pixels(image)
-    dtype = accumulator(image.dtype)  # 16 bits would put places a good part of a pixel off
-    middle = [(n - 1) / 2 for n in image.shape[:2]]
-    axes = [jnp.arange(2 * m + 1, dtype=dtype) - m for m in middle]
-    apart = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))
-    rows, columns = jnp.einsum("ij,jhw->ihw", matrix.astype(dtype), apart, precision="highest")
-    where = [rows + middle[0], columns + middle[1]]
-    flat = image.astype(dtype).reshape(*image.shape[:2], -1)
-    resample = functools.partial(jax.scipy.ndimage.map_coordinates, order=1, mode="constant")
-    moved = jax.vmap(lambda channel: resample(channel, where), in_axes=2, out_axes=2)(flat)
-    return moved.reshape(image.shape).astype(image.dtype)
 
 
 def _draw(key: jax.Array, population: int | jax.Array, count: int) -> jax.Array:
@@ -356,22 +250,6 @@ def _shuffle(key: jax.Array, count: int) -> jax.Array:
     return jnp.argsort(jax.random.bits(key, (count,)))
 
 
-def as_float(x: jax.Array) -> jax.Array:
-    """Pictures of uint8 as float32 in `[0, 1]`; anything else as it is.
-
-    Example:
-        >>> import jax.numpy as jnp, fomaml_jax as fj
-        >>> fj.tasks.as_float(jnp.array([0, 255], jnp.uint8))
-        Array([0., 1.], dtype=float32)
-    """
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
-
-
-def _turn(image: jax.Array, turns: jax.Array) -> jax.Array:
-    """Turns `[size, size, ...]` by `turns` times 90 degrees."""
-    return jnp.stack([jnp.rot90(image, k) for k in range(4)])[turns]
-
-
 def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
     for name, value in {"ways": ways, "shots": shots, "queries": queries}.items():
         refusals.check_at_least(name, value, 1)
@@ -401,7 +279,7 @@ def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
             "smallest class; ask for fewer, or leave that class out"
         )
     if rotations:
-        _check_square(images.shape)
+        augmentation.check_square(images.shape)
     _check_finite(images, counts)
 
 
@@ -426,11 +304,4 @@ def _check_finite(images: jax.Array | np.ndarray, counts: jax.Array | np.ndarray
         raise ValueError(
             f"images[{c}, {e}] has pixels that are {kept_numbers.not_kept(images.dtype)} "
             f"({len(wrong)} examples in all); leave such examples out"
-        )
-
-
-def _check_square(shape: tuple[int, ...]) -> None:
-    if len(shape) < 4 or shape[2] != shape[3]:
-        raise ValueError(
-            f"rotations need square pictures [classes, examples, size, size, ...], got {shape}"
         )

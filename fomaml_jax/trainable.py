@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from fomaml_jax import refusals
 from fomaml_jax.types import Params
 
 Trainable = Callable[[str], bool] | Any
@@ -47,6 +46,35 @@ def _mask(trainable: Trainable, params: Params) -> Any:
             params,
         )
     else:
-        mask = refusals.broadcast_mask(trainable, params)
-    refusals.check_mask(mask, params)
+        mask = _broadcast(trainable, params)
+    _check(mask, params)
     return mask
+
+
+def _broadcast(trainable: Any, params: Params) -> Any:
+    """A tree of booleans for every leaf, from one that may stop earlier."""
+    try:
+        return jax.tree.map(
+            lambda choice, below: jax.tree.map(lambda _: choice, below), trainable, params
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "trainable does not fit the structure of params; pass a pytree of booleans of that "
+            f"structure (one may stand for all below it), or a function of the path: {error}"
+        ) from None
+
+
+def _check(mask: Any, params: Params) -> None:
+    """Refuses choices that are not booleans, and a choice of nothing."""
+    choices = jax.tree.leaves_with_path(mask)
+    for path, choice in choices:
+        if not isinstance(choice, bool | np.bool_):
+            raise TypeError(
+                f"trainable says {choice!r} of params{jax.tree_util.keystr(path)}; say True for "
+                "what the inner loop adapts and False for what it leaves alone"
+            )
+    if not any(choice for _, choice in choices):
+        names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in choices]
+        raise ValueError(
+            f"trainable chooses no parameter; choose at least one of {', '.join(names[:20])}"
+        )

@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import operator
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -159,7 +159,7 @@ def train(
             or one that another process trains in, a checkpoint of another problem, key, meta-batch,
             `config` or `lower_is_better`, or where all are damaged; where `validate` was not given
             before and is now, or the other way round; where several processes were called
-            differently. What a checkpoint is refused for is a `checkpoints.CheckpointError`.
+            differently. What a checkpoint is refused for is a `CheckpointError`.
         TypeError: for a learner or a key that is none; for a `config` that is not plain JSON (a
             ValueError for NaN in it).
         DivergedError: where a run has diverged; it holds what there was before.
@@ -181,6 +181,7 @@ def train(
         >>> trained.stopped, [row["step"] for row in trained.metrics]
         ('finished', [10, 20])
     """
+    tasks_per_step = refusals.check_at_least("tasks_per_step", tasks_per_step, 1)
     agenda = agenda_of(
         tasks_per_step=tasks_per_step,
         steps=steps,
@@ -205,7 +206,6 @@ def train(
         refusals.check_function("on_report", on_report, "(row, params) -> whether to stop")
     refusals.check_key(key)
     refusals.check_mesh(mesh)
-    tasks_per_step = operator.index(tasks_per_step)
     with jax.transfer_guard_host_to_device("allow"):  # once, and meant
         history = History(outer_steps.start(learner.init(params)), scored=validate is not None)
     identity = identity_of(key, tasks_per_step, config)
@@ -222,37 +222,38 @@ def train(
                 keeper.take_up(history, resume)
         history.carry = outer_steps.placed(history.carry, mesh)
         loop = _Loop(
-            outer_steps.compiled(learner, sample_task, key, tasks_per_step, max_left_out),
-            history,
-            agenda,
-            keeper,
-            tasks_per_step,
-            max_left_out,
-            validate,
-            lower_is_better,
-            on_report,
+            advance=outer_steps.compiled(learner, sample_task, key, tasks_per_step, max_left_out),
+            history=history,
+            agenda=agenda,
+            keeper=keeper,
+            tasks_per_step=tasks_per_step,
+            max_left_out=max_left_out,
+            validate=validate,
+            lower_is_better=lower_is_better,
+            on_report=on_report,
         )
         asked = stack.enter_context(signals.noticed(stop_on_signals))
         total = None if agenda.steps is None else agenda.steps * tasks_per_step
         name = name if processes.is_first() else None
-        tell = stack.enter_context(progress(name, total, "tasks", history.step * tasks_per_step))
+        tell = stack.enter_context(progress(name, total, history.step * tasks_per_step))
         try:
             why = loop.until_over(asked, tell)
         except DivergedError:
-            with asked.held():
+            with asked.held(), contextlib.suppress(OSError):
                 loop.go_back()
             raise
         except (Exception, KeyboardInterrupt):  # one in a function of the caller's; a second Ctrl-C
-            with asked.held():
-                loop.save_what_there_was()
+            with asked.held(), contextlib.suppress(OSError):
+                if loop.latest.step:  # the state before the step that went wrong
+                    loop.save(loop.latest)
             raise
         with asked.held():
-            loop.save_at_the_end()
+            loop.save(history)
         (stop,) = processes.greatest([STOPS.index(asked.to)])
     return _trained(history, STOPS[int(stop)] or why)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class _Loop:
     """Steps, and what is due after each, until something ends them."""
 
@@ -315,7 +316,9 @@ class _Loop:
             history.score(score, self.lower_is_better)
         row = history.report(self.tasks_per_step, score)
         self.keeper.append(row)
-        return bool(self.on_report and self.on_report(dict(row), history.copied().params))
+        if self.on_report is None:
+            return False
+        return bool(self.on_report(dict(row), jax.tree.map(jnp.copy, history.params)))
 
     def save_if_due(self) -> None:
         """Saves this state, unless it may have diverged."""
@@ -324,31 +327,18 @@ class _Loop:
             self.keeper.save(self.history)
             self.last_saved = time.monotonic()
 
-    def save_at_the_end(self) -> None:
-        """Saves this state, or the one before it if tasks were left out just now.
+    def save(self, history: History) -> None:
+        """Saves a state, or the last good one if tasks were left out on the way to it.
 
         Then it may be this one that has diverged, and the same steps are taken again.
         """
-        self._save_or_go_back(self.history)
-
-    def save_what_there_was(self) -> None:
-        """Saves the state before the step that went wrong, if the disk lets it."""
-        if self.latest.step:
-            with contextlib.suppress(OSError):
-                self._save_or_go_back(self.latest)
-
-    def _save_or_go_back(self, history: History) -> None:
         if history.is_sound:
             self.keeper.save(history)
         else:
-            self._keep_good()
+            self.go_back()
 
     def go_back(self) -> None:
         """Keeps the last good state alone, of what was saved before the run was seen to diverge."""
-        with contextlib.suppress(OSError):
-            self._keep_good()
-
-    def _keep_good(self) -> None:
         if self.good.step:
             self.keeper.save(self.good)
         self.keeper.forget_after(self.good.step)

@@ -200,7 +200,7 @@ MUTATIONS = [
     Mutation("serial.py", "refusals.check_task(task)", "pass", "test_serial.py"),
     Mutation(
         "training.py",
-        "            self._keep_good()\n\n    def go_back",
+        "            self.go_back()\n\n    def go_back",
         "            self.keeper.save(self.good)\n\n    def go_back",
         "test_training_resumed.py",
     ),

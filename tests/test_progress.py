@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 def told(monkeypatch, stream, total=10, **kwargs):
     monkeypatch.setattr(sys, "stderr", stream)
-    with progress.progress("training", total, "tasks", **kwargs) as tell:
+    with progress.progress("training", total, **kwargs) as tell:
         for done in (4, 7, 10):
             tell(done, f"loss {done}")
     return stream.getvalue()
@@ -53,7 +53,7 @@ def test_without_tqdm_a_terminal_gets_lines(monkeypatch):
 
 
 def test_without_a_name_there_is_nothing(capsys):
-    with progress.progress(None, 10, "tasks") as tell:
+    with progress.progress(None, 10) as tell:
         tell(10, "done")
     assert capsys.readouterr().err == ""
 
@@ -64,6 +64,6 @@ def test_the_clock(seconds, clock):
 
 
 def test_lines_without_a_note_end_without_a_comma(capsys):
-    with progress.progress("training", 10, "tasks") as tell:
+    with progress.progress("training", 10) as tell:
         tell(5, "")
     assert re.search(r"tasks/s\n$", capsys.readouterr().err)

@@ -95,6 +95,6 @@ def say(text: str) -> None:
 
 
 def let_go_of_the_output() -> None:
-    """What it still holds would fail again at the end, and change the exit code."""
+    """Else what is left in its buffer fails again at Python's end, and changes the exit code."""
     if sys.stdout is sys.__stdout__:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,8 +15,8 @@ from fomaml_jax.commands.endings import plain_warnings, refusing, say
 from fomaml_jax.commands.words import parse
 from fomaml_jax.datasets import FURTHEST, FewRows, few_rows
 from fomaml_jax.devices import keep_compiled_programs
-from fomaml_jax.labels import caveat
 from fomaml_jax.regressors import Regressor, load_regressor
+from fomaml_jax.wording import caveat
 
 FAR = 10.0
 """Standard deviations from the mean in training: a value is then hardly in the same unit."""

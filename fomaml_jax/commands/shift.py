@@ -10,8 +10,8 @@ from fomaml_jax.commands.endings import plain_warnings, refusing, say
 from fomaml_jax.commands.tables import STATISTICS
 from fomaml_jax.commands.words import check_folder, check_outside
 from fomaml_jax.datasets import Splits
-from fomaml_jax.labels import caveat
 from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS
+from fomaml_jax.wording import caveat
 
 TASKS = 200
 """Tasks of a condition: intervals of about a point, in a few minutes on two cores."""

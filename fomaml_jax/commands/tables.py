@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fomaml_jax import runs
+from fomaml_jax import options, runs
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
-from fomaml_jax.labels import caveat, decimals
+from fomaml_jax.wording import caveat, decimals
 
 STATISTICS = {
     TRANSDUCTIVE: "query batches normalised together (transductive)",
@@ -16,7 +16,7 @@ STATISTICS = {
 
 def table(result: dict[str, Any]) -> str:
     """The result as lines for people: each step of adaptation, then the baselines."""
-    percent = result["metric"] == "accuracy"
+    percent = result["metric"] == options.ACCURACY
     of_groups = result.get("dataset") == "table"  # whose start is not the same for every task
     start = "at the level of the rows given" if of_groups else "before adaptation"
     rows = {_after(row["inner_steps"], start): row for row in result["per_step"]}
@@ -38,7 +38,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _against_it(result: dict[str, Any]) -> list[str]:
     """What a reader should see first, if it is so: that something simpler is better."""
-    lower_is_better = result["metric"] != "accuracy"
+    lower_is_better = result["metric"] != options.ACCURACY
 
     def is_better(row: dict[str, float | None]) -> bool:
         (theirs, their_ci95), (ours, our_ci95) = _mean_and_ci95(row), _mean_and_ci95(result)

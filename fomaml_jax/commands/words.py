@@ -30,7 +30,7 @@ def parse(kind: Callable[..., T], program: str, words: list[str], default: T | N
 
 
 def _at_home(found: Any) -> Any:
-    """The options with their paths' ~ as the shell would have read it, had it seen one."""
+    """The options with ~ in their paths expanded, which a shell leaves in --path=~/data."""
 
     def read(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -89,7 +89,7 @@ class Columns:
 
 
 def _number(cell: str) -> float:
-    """What people write as a number, whose square is one too: Python reads 2026_1_5 as another."""
+    """A number as people write it, with a finite square; Python takes 2026_1_5 for one as well."""
     number = float(cell)
     if "_" in cell or abs(number) > LARGEST:
         raise ValueError(cell)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,7 +31,7 @@ class Pictures(NamedTuple):
     labels: np.ndarray | None
     names: tuple[str, ...]
     inverted: int
-    skipped: int = 0
+    skipped: int
 
 
 def few_pictures(
@@ -90,9 +91,12 @@ def few_pictures(
         raise ValueError(f"background={background!r} is of drawings in grey: pass 'as is'")
     folder = Path(path).expanduser()
     check_folder(folder, _EXPECTED)
-    skipped = _beside_class_folders(folder)
+    skipped = [
+        f"{folder} holds the file {stray.name} beside class folders, expected {_EXPECTED}"
+        for stray in _beside_class_folders(folder)
+    ]
     if skipped and unreadable == "refuse":
-        raise skipped[0]
+        raise ValueError(skipped[0])
     classes = _classes_in(folder)
     with cli_extra("few_pictures()"):
         from fomaml_jax.datasets import _image_file
@@ -104,46 +108,50 @@ def few_pictures(
                 return _image_file.read_image(file, size, channels)[0], False
             return _image_file.read_strokes(file, size, background)
 
-    images, inverted, files, labels = [], 0, [], []
+    found: list[tuple[int, Path, np.ndarray, bool]] = []
     for label, (name, examples) in enumerate(classes.items()):
-        for file in examples:
-            try:
-                image, dark = read(file)
-            except ValueError as error:
-                if unreadable == "refuse":
-                    raise
-                skipped.append(error)
-                continue
-            images.append(image)
-            files.append(file)
-            labels.append(label)
-            inverted += dark
-        if not labels or labels[-1] != label:
+        of_class, unread = _readable(examples, read, raises=unreadable == "refuse")
+        skipped += unread
+        if not of_class:
             where = folder / name if name else folder
             raise ValueError(f"no file in {where} can be read as a picture, such as: {skipped[-1]}")
+        found += [(label, *each) for each in of_class]
     if skipped:
         warnings.warn(
             f"{len(skipped)} file{'s' * (len(skipped) > 1)} left out, such as: {skipped[0]}",
             stacklevel=2,
         )
+    labels, files, images, inverted = zip(*found, strict=True)
     return Pictures(
         np.stack(images),
-        tuple(files),
+        files,
         None if "" in classes else np.array(labels, np.int32),
         tuple(filter(None, classes)),
-        inverted,
+        sum(inverted),
         len(skipped),
     )
 
 
-def _beside_class_folders(folder: Path) -> list[ValueError]:
-    """What is to be said against files that lie beside class folders."""
+def _readable(
+    files: list[Path], read: Callable[[Path], tuple[np.ndarray, bool]], *, raises: bool
+) -> tuple[list[tuple[Path, np.ndarray, bool]], list[str]]:
+    """What can be read of the files, and what is to be said of the others unless it raises."""
+    found, unread = [], []
+    for file in files:
+        try:
+            found.append((file, *read(file)))
+        except ValueError as error:
+            if raises:
+                raise
+            unread.append(str(error))
+    return found, unread
+
+
+def _beside_class_folders(folder: Path) -> list[Path]:
+    """Files that lie beside class folders; none of a flat folder's."""
     there = visible(folder)
     strays = [entry for entry in there if not entry.is_dir()]
-    if len(strays) == len(there):  # a flat folder
-        return []
-    what = "beside class folders, expected"
-    return [ValueError(f"{folder} holds the file {f.name} {what} {_EXPECTED}") for f in strays]
+    return strays if len(strays) < len(there) else []
 
 
 def _classes_in(folder: Path) -> dict[str, list[Path]]:
