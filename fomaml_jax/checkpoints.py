@@ -101,8 +101,11 @@ def newest(
             damaged.append(f"the checkpoint {path} is damaged and was left out: {error}")
             continue
         check(manifest["notes"])
+        saved = {
+            name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype, shape in manifest["leaves"]
+        }
         try:
-            named_arrays.check_like(found, like)
+            named_arrays.check_like(saved, like)
         except ValueError as error:
             raise CheckpointError(f"{path} is of another problem: {error}") from None
         tree = named_arrays.in_structure(found, like)

@@ -15,7 +15,7 @@ def by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def check_like(found: Mapping[str, np.ndarray], like: Any) -> None:
+def check_like(found: Mapping[str, Any], like: Any) -> None:
     """Refuses arrays of other names, shapes or dtypes than the leaves of `like`.
 
     Raises:
