@@ -357,12 +357,10 @@ def load_classifier(run: str | Path) -> Classifier:
     chosen = options.from_json(runs.read_config(folder))
     if not isinstance(chosen, options.ImageOptions):
         raise ValueError(f"{folder} is a run of {options.name_of(chosen)}, which has no classes")
-    size = (chosen.size, chosen.size, chosen.channels) if isinstance(chosen, options.Folder) else ()
-    picture = size or (28, 28, 1)
     ways = chosen.ways  # of the head, where it is learned
-    like = jax.eval_shape(lambda: shared_of(chosen, initial_params(chosen, ways, picture)))
+    like = jax.eval_shape(lambda: shared_of(chosen, initial_params(chosen, ways, chosen.picture)))
     runs.warn_if_begun(folder)
-    return Classifier(chosen, runs.load_parameters(folder, like), picture)
+    return Classifier(chosen, runs.load_parameters(folder, like), chosen.picture)
 
 
 def folder_of(run: str | Path) -> Path:

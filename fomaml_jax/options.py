@@ -143,6 +143,11 @@ class ImageOptions(Options):
         """The problem in a few words."""
         return f"{self.ways}-way {self.shots}-shot"
 
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        """The shape of a picture."""
+        return 28, 28, 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Glyphs(ImageOptions):
@@ -194,6 +199,11 @@ class Folder(ImageOptions):
     duplicates: Literal["refuse", "keep"] = "refuse"
     """The same file in two splits or twice in a class: stop, or keep it and be judged on what was
     trained on, or given."""
+
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        """The shape of a picture."""
+        return self.size, self.size, self.channels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -313,8 +323,7 @@ def check(options: Options) -> None:
     checkpoint_interval(options.checkpoint_every)
     if isinstance(options, ImageOptions):
         _check_head_and_rates(options)
-        side = options.size if isinstance(options, Folder) else 28
-        if options.shift >= side:
+        if options.shift >= (side := options.picture[0]):
             raise ValueError(
                 f"--shift must be below a picture's {side} pixels, got {options.shift}"
             )
