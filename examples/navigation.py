@@ -303,11 +303,11 @@ def main():
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(0 to 4)")
     parser.add_argument(
-        "--out", type=Path, help="folder of what it writes: examples/results, navigation if short"
+        "--out", type=Path, default=Path("navigation"), help="folder of what it writes (navigation)"
     )
     parser.add_argument("--short", action="store_true", help="see it run, and learn nothing")
     asked = parser.parse_args()
-    out = asked.out or (Path("navigation") if asked.short else report.RESULTS)
+    out = asked.out
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     size = (2, 4, 2) if asked.short else (OUTER_STEPS, GOALS, TASKS)
     one_seed = experiment(*size)

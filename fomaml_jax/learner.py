@@ -127,7 +127,7 @@ def meta_learner(
         if isinstance(meta_gradient, OverTasks):
             grads, info, totals = meta_gradient.seeing(state.params, tasks, Totals.of)
         else:
-            grads, info = meta_gradient(state.params, tasks)
+            grads, info = refusals.checked_pair(meta_gradient(state.params, tasks))
         refusals.check_over_tasks(info)
         seen = StepInfo.of(info, norm(grads), totals)
         updates, opt_state = optax.with_extra_args_support(optimizer).update(

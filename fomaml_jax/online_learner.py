@@ -160,6 +160,8 @@ def online(
         return OnlineState(learner.init(params), empty_memory(task, capacity), detector.init(), key)
 
     def step(state: OnlineState, task: Any) -> tuple[OnlineState, Arrival]:
+        if not all(hasattr(state, name) for name in OnlineState._fields):
+            raise TypeError(f"state must be what init or step gave, got a {type(state).__name__}")
         refusals.check_arrays("task", task)
         state, task = jax.tree.map(jnp.asarray, (state, task))  # they may come from a file
         refusals.check_same_task(task, jax.tree.map(lambda x: x[0], state.memory.tasks))

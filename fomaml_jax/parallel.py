@@ -83,9 +83,10 @@ def over_tasks(
             among whose devices the tasks are shared out. Each device passes its own tasks, and gets
             the mean over those of all; `TaskInfo` is that of its own.
         task_weight: `task -> []`, how much a task counts in the mean gradient (the number of its
-            records, say); at least zero, relative. All tasks count the same unless given. A task
-            whose weight is negative or not finite is as one that is not finite. Where all weigh
-            nothing the mean is zero, and an outer optimizer's momentum and decay still move.
+            records, say); at least zero, relative, in float32. All tasks count the same unless
+            given. A task whose weight is negative or not finite is as one that is not finite.
+            Where all weigh nothing the mean is zero, and an outer optimizer's momentum and decay
+            still move.
 
     Returns:
         A function `(params, tasks) -> (mean grads, TaskInfo with a leading [tasks] axis)`.

@@ -268,6 +268,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         )
 
     normalised = beside_support if chosen.statistics == ONE_AT_A_TIME else lambda tasks: tasks
+    _check_ways(chosen, "test", splits, chosen.ways)
     training = _episodes(
         chosen,
         "train",
@@ -302,10 +303,21 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
     )
 
 
+def _check_ways(chosen: options.ImageOptions, name: str, splits: Splits, ways: int) -> None:
+    there = len(getattr(splits, name).images)
+    if ways > there:
+        option = "--ways" if ways == chosen.ways else "--train-ways"
+        raise ValueError(
+            f"{name} split: ways={ways} is more than the {there} classes there are; ask for fewer "
+            f"with {option}"
+        )
+
+
 def _episodes(
     chosen: options.ImageOptions, name: str, splits: Splits, **kwargs: Any
 ) -> TaskDistribution:
     classes: ImageClasses = getattr(splits, name)
+    _check_ways(chosen, name, splits, kwargs["ways"])
     smallest, shots = int(classes.counts.argmin()), kwargs["shots"]
     if shots + chosen.queries > classes.counts[smallest]:  # as `episodes` does, but by name
         raise ValueError(

@@ -32,8 +32,8 @@ def check_params(params: Params) -> None:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"{where} has dtype {leaf.dtype}, not a real floating-point one; pass "
-                "floating-point parameters and keep the rest, counters of a state too, in the "
-                "batch or in a closure"
+                "floating-point parameters and keep the rest in the batch or in a closure; a "
+                "counter stands still there (see fomaml_jax.WithState)"
             )
 
 
@@ -164,13 +164,19 @@ def check_like_params(name: str, out: Any, params: Params) -> None:
         )
 
 
-def checked_meta_gradient(out: Any) -> tuple[Params, TaskInfo]:
+def checked_pair(out: Any) -> tuple[Params, TaskInfo]:
     """What a meta-gradient returned, refusing all but gradients and a `TaskInfo`."""
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], TaskInfo)):
         raise TypeError(
             "meta_gradient must return (grads, fomaml_jax.TaskInfo), as fomaml(loss_fn, optimizer, "
             f"num_steps) does, got {describe(out)}"
         )
+    return out
+
+
+def checked_meta_gradient(out: Any) -> tuple[Params, TaskInfo]:
+    """What a meta-gradient returned for one task, as `checked_pair`."""
+    checked_pair(out)
     if (shape := np.shape(out[1].query_loss)) != ():
         raise ValueError(
             f"meta_gradient is not one for a single task (its query_loss has shape {shape}, not "

@@ -438,7 +438,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} is not a run: it has no {CONFIG}")
+        why = f"it has no {CONFIG}" if folder.exists() else "it does not exist"
+        raise ValueError(f"{folder} is not a run: {why}")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

@@ -55,6 +55,9 @@ def task_keys(key: jax.Array, step: int | jax.Array, num_tasks: int) -> jax.Arra
         step: the outer step, at least 0; may be traced.
         num_tasks: how many keys.
 
+    Raises:
+        ValueError: for fewer than one.
+
     Example:
         >>> import jax, fomaml_jax as fj
         >>> sample_task = fj.tasks.sinusoid(shots=5, queries=10)
@@ -62,6 +65,7 @@ def task_keys(key: jax.Array, step: int | jax.Array, num_tasks: int) -> jax.Arra
         >>> tasks.support[0].shape
         (25, 5, 1)
     """
+    refusals.check_at_least("num_tasks", num_tasks, 1)
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_tasks))
 

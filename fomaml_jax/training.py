@@ -311,7 +311,7 @@ class _Loop:
         """Writes a row of metrics, with a score where one is due; whether that ends the run."""
         history, score = self.history, None
         if self.validate is not None and self.agenda.scores(history.step):
-            mine = float(jax.device_get(self.validate(history.params)))
+            mine = _number(self.validate(history.params))
             (score,) = processes.greatest([mine])
             history.score(score, self.lower_is_better)
         row = history.report(self.tasks_per_step, score)
@@ -342,6 +342,16 @@ class _Loop:
         if self.good.step:
             self.keeper.save(self.good)
         self.keeper.forget_after(self.good.step)
+
+
+def _number(score: Any) -> float:
+    try:
+        return float(jax.device_get(score))
+    except TypeError:
+        raise TypeError(
+            "validate must return a number, such as fj.evaluate(...).mean, got "
+            f"{refusals.describe(score)}"
+        ) from None
 
 
 def _trained(history: History, why: Why) -> Trained:

@@ -48,7 +48,10 @@ class WithState(NamedTuple):
 
     As a gradient, `state` is the way back from where a task left the state to the shared one: an
     outer `optax.sgd(1.0)` for it (see `with_state`) moves it to the mean over tasks. Its leaves are
-    floating-point arrays: keep a counter, such as that of Haiku's moving averages, apart.
+    floating-point arrays. A counter stays in a closure, where it stands still: that of Haiku's
+    moving averages has to be a large number there, as they are divided by `1 - decay ** counter`.
+    Random numbers are drawn from the key that a loss is given, in NNX by `nnx.Rngs(key)`: a stream
+    in a closure gives the same ones every time.
     """
 
     params: Params

@@ -88,7 +88,7 @@ ARCHIVES = (
 REFUSED = {
     "trian": "unknown command 'trian'; there are train, evaluate, report, adapt and predict",
     "report": "report needs at least one run",
-    "report nowhere": "nowhere is not a run: it has no config.json",
+    "report nowhere": "nowhere is not a run: it does not exist",
     "report run --out file": "file is a file; pass --out with a folder",
     "report run empty": "empty is not a run: it has no config.json",
     "train mnist": "unknown data set 'mnist'; there are glyphs, omniglot, sinusoid, folder, table",
@@ -116,8 +116,10 @@ REFUSED = {
     "train glyphs --rate inf": f"--rate {RATE} inf",
     "train glyphs --head-rate -0.1": f"--head-rate {RATE} -0.1",
     "train sinusoid --inner-clip 0": f"--inner-clip {RATE} 0.0",
-    "train glyphs --ways 8": "test split: ways=8 is more than the 7 classes there are",
-    "train glyphs --train-ways 9": "train split: ways=9 is more than the 8 classes there are",
+    "train glyphs --ways 8": "test split: ways=8 is more than the 7 classes there are; "
+    "ask for fewer with --ways",
+    "train glyphs --train-ways 9": "train split: ways=9 is more than the 8 classes there are; "
+    "ask for fewer with --train-ways",
     "train glyphs --ways 2 --train-ways 2 --shots 3 --queries 4": "validation split: the class 0 "
     "has 6 pictures, but shots=3 plus queries=4 are asked of every class; ask for fewer, or leave "
     "that class out",
@@ -133,7 +135,7 @@ REFUSED = {
     "train glyphs --checkpoint-every -3s": f"{CHECKPOINTS} '-3s'",
     "train --resume": "--resume needs the folder of a run",
     "train --resume --steps 3": "--resume needs the folder of a run",
-    "train --resume nowhere": "nowhere is not a run: it has no config.json",
+    "train --resume nowhere": "nowhere is not a run: it does not exist",
     "train omniglot --resume run": "run is a run of glyphs, not of omniglot",
     "train --resume run --steps 4": f"--steps: the run was started with 3, got 4; {RESUMED}",
     "train --resume run --out other": f"--out: the run was started with None, got other; {RESUMED}",
@@ -146,7 +148,7 @@ REFUSED = {
     "train sinusoid --out new --compilation-cache new/kept": (
         "new/kept would be inside of new; pass another --compilation-cache"
     ),
-    "evaluate nowhere": "nowhere is not a run: it has no config.json",
+    "evaluate nowhere": "nowhere is not a run: it does not exist",
     "evaluate empty": "empty is not a run: it has no config.json",
     "evaluate file": "file is not a run: it has no config.json",
     "evaluate run --eval-tasks 0": f"--eval-tasks {COUNT} 2, got 0",

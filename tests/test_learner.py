@@ -76,6 +76,17 @@ def test_a_meta_gradient_of_one_task_is_refused():
         learner.step(learner.init(params), one(tasks))
 
 
+@pytest.mark.parametrize("gives", [lambda grads: grads, lambda grads: (grads, None)])
+def test_gradients_without_their_information_are_refused(gives):
+    """A dictionary of two would be unpacked into its names."""
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    learner = fj.meta_learner(lambda params, tasks: gives(params), optax.sgd(0.1))
+    with pytest.raises(
+        TypeError, match=r"^meta_gradient must return \(grads, fomaml_jax\.TaskInfo\)"
+    ):
+        learner.step(learner.init(params), jnp.ones(2))
+
+
 def test_learns_what_a_quadratic_has_to_teach():
     """The optimum of FOMAML on quadratics with equal support and query is the mean of centres."""
     centres = jnp.array([[0.0, 1.0], [2.0, 3.0], [4.0, -1.0]])

@@ -281,6 +281,11 @@ SHORT = jax.tree.map(lambda x: x[:, :3], TASKS)
             TypeError,
             "key must be one PRNG key, such as",
         ),
+        (
+            lambda: small_learner().step({"w": 1.0}, TASKS),  # pyright: ignore[reportArgumentType]
+            TypeError,
+            "^state must be what init or step gave, got a dict$",
+        ),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(use, error, message):

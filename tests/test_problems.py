@@ -423,11 +423,11 @@ def test_training_ways_are_twenty_where_there_are_as_many(classes, ways):
 REFUSED = {
     "more ways than classes": (
         {"ways": 7},
-        "train split: ways=7 is more than the 6 classes there are",
+        "train split: ways=7 is more than the 6 classes there are; ask for fewer with --ways",
     ),
     "more training ways than classes": (
         {"train_ways": 7},
-        "train split: ways=7 is more than the 6 classes there are",
+        "train split: ways=7 is more than the 6 classes there are; ask for fewer with --train-ways",
     ),
     "more examples than there are": (
         {"shots": 3, "queries": 3},

@@ -184,8 +184,9 @@ def test_a_broken_configuration_is_refused(tmp_path, content, message):
 
 
 def test_a_folder_without_configuration_is_not_a_run(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=f"^{folder} is not a run: it has no config.json$"):
+    why = {tmp_path: "it has no config.json", tmp_path / "missing": "it does not exist"}
+    for folder, said in why.items():
+        with pytest.raises(ValueError, match=f"^{folder} is not a run: {said}$"):
             runs.read_config(folder)
 
 

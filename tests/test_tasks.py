@@ -259,6 +259,14 @@ def test_counts_may_be_a_list():
     )
 
 
+@pytest.mark.parametrize("count", [0, 2.5])
+def test_a_count_of_keys_is_a_number_of_at_least_one(count):
+    with pytest.raises(
+        ValueError, match=f"num_tasks must be an integer of at least 1, got {count}"
+    ):
+        fj.tasks.task_keys(jax.random.key(0), 0, count)
+
+
 @pytest.mark.parametrize("name", ["amplitude", "phase", "x_range"])
 def test_a_number_in_the_place_of_a_range_is_refused(name):
     with pytest.raises(ValueError, match=rf"{name} must be a range \(low, high\), got 3.0"):

@@ -348,6 +348,12 @@ def test_refusals(wrong, message):
         train(**wrong)
 
 
+@pytest.mark.parametrize(("score", "said"), [(None, "None"), (jnp.ones(2), r"an array of shape")])
+def test_a_score_is_a_number(score, said):
+    with pytest.raises(TypeError, match=rf"^validate must return a number, .*, got {said}"):
+        train(steps=1, validate=lambda params: score)
+
+
 # Tasks that overflow.
 
 
