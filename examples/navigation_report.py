@@ -5,12 +5,10 @@ import math
 import os
 import platform
 import statistics
-from pathlib import Path
 
 import jax
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
 LABELS = "before", "after one step"
 COLOURS = {"first-order MAML": "C0", "joint pre-training": "C1"}
 

@@ -73,10 +73,8 @@ def agenda_of(
         ValueError: naming the argument, the value, and what it may be.
     """
     steps, tasks = _count("steps", steps), _count("tasks", tasks)
-    validate_every, patience = (
-        _count("validate_every", validate_every),
-        _count("patience", patience),
-    )
+    validate_every = _count("validate_every", validate_every)
+    patience = _count("patience", patience)
     report_every = _count("report_every", report_every)
     if not isinstance(checkpoint_every, datetime.timedelta):
         checkpoint_every = refusals.check_at_least("checkpoint_every", checkpoint_every, 1)

@@ -10,7 +10,7 @@ from fomaml_jax import refusals
 from fomaml_jax.types import Batch, Params, Task
 
 Statistics = Literal["transductive", "one-at-a-time"]
-"""By the names that follow."""
+"""What a query is normalised with, by the names that follow."""
 
 TRANSDUCTIVE = "transductive"
 """The query batch is normalised together."""

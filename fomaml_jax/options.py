@@ -288,6 +288,7 @@ DATA_SETS: dict[str, type[Options]] = {
 
 
 ACCURACY = "accuracy"
+"""The metric of classifiers; those of others are errors."""
 
 
 def metric_of(chosen: Options) -> str:

@@ -51,7 +51,8 @@ class WithState(NamedTuple):
     floating-point arrays. A counter stays in a closure, where it stands still: that of Haiku's
     moving averages has to be a large number there, as they are divided by `1 - decay ** counter`.
     Random numbers are drawn from the key that a loss is given, in NNX by `nnx.Rngs(key)`: a stream
-    in a closure gives the same ones every time.
+    in a closure gives the same ones every time. NNX puts a model together for it by
+    `nnx.merge(..., copy=True)`.
     """
 
     params: Params
