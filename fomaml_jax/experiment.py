@@ -11,7 +11,16 @@ import jax
 import numpy as np
 import optax
 
-from fomaml_jax import baselines, options, pictures, problems, processes, runs, training
+from fomaml_jax import (
+    baselines,
+    option_checks,
+    options,
+    pictures,
+    problems,
+    processes,
+    runs,
+    training,
+)
 from fomaml_jax.batch_statistics import TRANSDUCTIVE
 from fomaml_jax.checkpoints import CheckpointError
 from fomaml_jax.datasets import GroupSplits, digest
@@ -323,7 +332,7 @@ def training_of(
         patience=chosen.patience,
         lower_is_better=problem.lower_is_better,
         max_left_out=chosen.max_left_out,
-        checkpoint_every=options.checkpoint_interval(chosen.checkpoint_every),
+        checkpoint_every=option_checks.checkpoint_interval(chosen.checkpoint_every),
         **follow,
     )
 

@@ -1,21 +1,13 @@
 """What `fomaml-jax train` can be asked: one dataclass a data set, every field an option."""
 
 import dataclasses
-import datetime
-import importlib.util
 import json
-import math
-import re
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from fomaml_jax import refusals
 from fomaml_jax.batch_statistics import TRANSDUCTIVE, Statistics
-
-MOST = 2**31 - 1
-"""The largest number, that of int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,79 +295,9 @@ def name_of(options: Options) -> str:
     return next(name for name, kind in DATA_SETS.items() if type(options) is kind)
 
 
-def check(options: Options) -> None:
-    """Refuses impossible numbers before any data are read.
-
-    Raises:
-        ValueError: naming the option, the value, and what it may be.
-    """
-    least = {"inner_steps": 0, "eval_steps": 1, "eval_tasks": 2, "seed": 0, "shift": 0}
-    least |= {"split_seed": 0}
-    for name, kind in typing.get_type_hints(type(options)).items():
-        value, option = getattr(options, name), flag(name)
-        if value is None:
-            continue
-        if int in _alternatives(kind):
-            refusals.check_at_least(option, value, least.get(name, 1))
-            if value > MOST:
-                raise ValueError(f"{option} must be at most {MOST}, got {value}")
-        elif float in _alternatives(kind):
-            _check_number(name, option, value)
-    checkpoint_interval(options.checkpoint_every)
-    if isinstance(options, ImageOptions):
-        _check_head_and_rates(options)
-        if options.shift >= (side := options.picture[0]):
-            raise ValueError(
-                f"--shift must be below a picture's {side} pixels, got {options.shift}"
-            )
-    if options.tensorboard and not importlib.util.find_spec("tensorboardX"):
-        raise ValueError('--tensorboard needs tensorboardX: pip install "fomaml-jax[tensorboard]"')
-
-
 def flag(name: str) -> str:
     """An option as it is typed."""
     return "--" + name.replace("_", "-")
-
-
-def _check_number(name: str, option: str, value: float) -> None:
-    if name == "max_left_out":
-        if not 0 <= value <= 1:
-            raise ValueError(f"{option} must be a share between 0 and 1, got {value}")
-    elif name in ("validation", "test"):
-        if not 0 <= value < 1 or (name == "test" and not value):
-            raise ValueError(f"{option} must be a share of the groups below 1, got {value}")
-    elif name == "affine":
-        if not 0 < value < 0.5:
-            raise ValueError(f"{option} must be above 0 and below 0.5, got {value}")
-    elif not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{option} must be a finite number above 0, got {value}")
-
-
-def _check_head_and_rates(options: ImageOptions) -> None:
-    if options.head == "learned" and options.train_ways not in (None, options.ways):
-        raise ValueError(
-            f"--train-ways must be --ways ({options.ways}) where the head is learned, got "
-            f"{options.train_ways}"
-        )
-    if options.learned_rates and not options.inner_steps:
-        raise ValueError("--inner-steps must be at least 1 with --learned-rates, got 0")
-
-
-def checkpoint_interval(text: str) -> int | datetime.timedelta:
-    """Steps, or time.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    found = re.fullmatch(r"(\d{1,9})(s|min|h|)", text)
-    if not found or int(found[1]) == 0:
-        raise ValueError(
-            "--checkpoint-every must be steps (a number above 0) or time (30s, 5min, 1h), got "
-            f"{text!r}"
-        )
-    count, unit = int(found[1]), found[2]
-    seconds = {"s": 1, "min": 60, "h": 3600}
-    return datetime.timedelta(seconds=count * seconds[unit]) if unit else count
 
 
 FREE = (
@@ -399,60 +321,6 @@ def identity(options: Options) -> dict[str, Any]:
     """What makes a run the run it is, as plain JSON: a checkpoint is of one such alone."""
     plain = to_json(options)
     return {name: value for name, value in plain.items() if name not in (*FREE, *UNSHOWN)}
-
-
-def check_resumed(saved: Options, now: Options) -> None:
-    """Refuses to go on with a run under other options.
-
-    Raises:
-        ValueError: naming the first that differs.
-    """
-    for field in dataclasses.fields(saved):
-        before, after = (getattr(one, field.name) for one in (saved, now))
-        if before != after and field.name not in FREE:
-            raise ValueError(
-                f"{flag(field.name)}: the run was started with {before}, got {after}; leave it "
-                "out to resume the run, or start another"
-            )
-
-
-def check_same_tasks(one: Options, other: Options) -> None:
-    """Refuses to compare runs that are judged on different tasks.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    names = ["ways", "shots", "split", "size", "channels", "statistics", "target"]
-    if isinstance(one, ImageOptions):  # of others queries are of training alone
-        names.append("queries")
-    kinds = {"data set": tuple(name_of(run) for run in (one, other))}
-    kinds |= {
-        "--" + name: tuple(getattr(run, name, None) for run in (one, other)) for name in names
-    }
-    for name, (here, there) in kinds.items():
-        if here != there:
-            raise ValueError(
-                f"the runs are judged on different tasks, {name} is {here} and {there}"
-            )
-
-
-def check_judged_otherwise(options: Options, changes: dict[str, Any]) -> None:
-    """Refuses other tasks than a run can be judged on.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    images = isinstance(options, ImageOptions)
-    for name in ("ways", "queries", "statistics"):
-        if name in changes and not images:
-            why = "is judged on a fixed number" if name == "queries" else "has no classes"
-            raise ValueError(f"--{name}: {name_of(options)} {why}")
-    for name in ("eval_tasks", "seed"):
-        if name in changes and isinstance(options, Table):
-            raise ValueError(f"{flag(name)}: a run of table is judged on all its unseen groups")
-    ways = changes.get("ways")
-    if images and options.head == "learned" and ways not in (None, options.ways):
-        raise ValueError(f"--ways: the run's head is learned for {options.ways}, got {ways}")
 
 
 def to_json(options: Options) -> dict[str, Any]:
@@ -487,13 +355,13 @@ def from_json(config: dict[str, Any]) -> Options:
         if not _fits(value, expected[name]):
             raise ValueError(f"the configuration has {json.dumps(value)} for {name}")
     paths: dict[str, Any] = {
-        n: Path(x) for n, x in config.items() if x and Path in _alternatives(expected[n])
+        n: Path(x) for n, x in config.items() if x and Path in alternatives(expected[n])
     }
     several: dict[str, Any] = {n: tuple(x) for n, x in config.items() if isinstance(x, list)}
     return kind(**(config | paths | several))
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
+def alternatives(kind: Any) -> tuple[Any, ...]:
     """The types that a union is of, or the one."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return typing.get_args(kind) if is_union else (kind,)
@@ -501,7 +369,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether plain JSON can be an option of that type."""
-    if len(several := _alternatives(kind)) > 1:
+    if len(several := alternatives(kind)) > 1:
         return any(_fits(value, one) for one in several)
     if isinstance(value, bool) or kind is bool:
         return kind is bool and isinstance(value, bool)

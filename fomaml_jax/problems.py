@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fomaml_jax import classifiers, datasets, models, options, regressors
+from fomaml_jax import classifiers, datasets, models, option_checks, options, regressors
 from fomaml_jax.adaptation import adapt
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE, beside_support, one_at_a_time
 from fomaml_jax.datasets import GroupSplits, ImageClasses, Splits, Table
@@ -108,7 +108,7 @@ def build(chosen: options.Options) -> Problem:
         ValueError, OSError, ImportError: for data that are missing, damaged or too few, in one
             line.
     """
-    options.check(chosen)
+    option_checks.check(chosen)
     if isinstance(chosen, options.Sinusoid):
         problem = _regression(chosen)
     elif isinstance(chosen, options.Table):

@@ -9,7 +9,7 @@ from command_line import TINY, call
 from problems import assert_close
 from test_problems import build, noise
 
-from fomaml_jax import baselines, datasets, options, problems, recipes
+from fomaml_jax import baselines, datasets, option_checks, options, problems, recipes
 from fomaml_jax.datasets import Splits
 
 PAPER = {  # steps of adaptation, their rate, tasks a step: appendix A.1 of the MAML paper
@@ -34,7 +34,7 @@ def test_the_papers_recipe(ways, shots):
 @pytest.mark.parametrize(("ways", "shots"), PAPER)
 def test_every_recipe_is_of_the_tasks_asked_for(name, ways, shots):
     found = recipes.omniglot(options.Omniglot(recipe=name, ways=ways, shots=shots))
-    options.check(found)
+    option_checks.check(found)
     assert (found.recipe, found.ways, found.shots) == (name, ways, shots)
 
 
@@ -104,4 +104,4 @@ def test_the_baseline_of_the_papers_recipe_sees_turned_characters_too():
 
 def test_what_has_no_classes_is_not_asked_for_ways():
     with pytest.raises(ValueError, match=r"^--queries: sinusoid is judged on a fixed number$"):
-        options.check_judged_otherwise(options.Sinusoid(), {"queries": 3})
+        option_checks.check_judged_otherwise(options.Sinusoid(), {"queries": 3})

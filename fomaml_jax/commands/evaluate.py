@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from fomaml_jax import classifiers, experiment, options, problems, runs
+from fomaml_jax import classifiers, experiment, option_checks, options, problems, runs
 from fomaml_jax.batch_statistics import Statistics
 from fomaml_jax.commands import shift
 from fomaml_jax.commands.endings import plain_warnings, refusing
@@ -73,7 +73,7 @@ def main(words: list[str]) -> None:
         against = None if asked.against is None else _trained(asked.against, asked)
         differences = {}
         if against is not None:
-            options.check_same_tasks(chosen, against[0])
+            option_checks.check_same_tasks(chosen, against[0])
             differences = experiment.difference(chosen, problem, params, *against)
     result = experiment.evaluate(chosen, problem, params) | {"against": differences}
     print(table(result))
@@ -96,7 +96,7 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
         for name in (*OF_TASKS, "eval_tasks", "eval_steps", "seed", *OF_DATA)
         if (value := getattr(asked, name)) is not None
     }
-    options.check_judged_otherwise(chosen, changes)
+    option_checks.check_judged_otherwise(chosen, changes)
     for name in OF_DATA:
         if name in changes and not hasattr(chosen, name):
             others = [f"--{other}" for other in OF_DATA if hasattr(chosen, other)]

@@ -9,7 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fomaml_jax import experiment, options, problems, processes, recipes, refusals, runs
+from fomaml_jax import (
+    experiment,
+    option_checks,
+    options,
+    problems,
+    processes,
+    recipes,
+    refusals,
+    runs,
+)
 from fomaml_jax.checkpoints import CheckpointError
 from fomaml_jax.commands.endings import (
     DIVERGED,
@@ -52,7 +61,7 @@ def main(words: list[str]) -> None:
             print(f"\nThe run in {resumed} was finished before.")
         return
     with refusing():
-        options.check(chosen)
+        option_checks.check(chosen)
         if resumed is None:  # before any process can have begun
             runs.check_new(folder, overwrite=chosen.overwrite)
         if join is not None:
@@ -147,7 +156,7 @@ def _run_to_resume(name: str | None, words: list[str], folder: Path) -> options.
             raise ValueError(f"{folder} is a run of {found}, not of {name}")
     chosen = parse(type(saved), f"fomaml-jax train {found}", words, default=saved)
     with refusing():
-        options.check_resumed(saved, chosen)
+        option_checks.check_resumed(saved, chosen)
     return chosen
 
 
