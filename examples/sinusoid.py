@@ -70,9 +70,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000, help="outer steps (default: 20000)")
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1, got {steps}")
     params, losses = train(steps)
-    print(f"query loss while training: {losses[: steps // 20].mean():.2f} in the first twentieth,")
-    print(f"                           {losses[-steps // 20 :].mean():.2f} in the last")
+    part = max(1, steps // 20)
+    print(f"query loss while training: {losses[:part].mean():.2f} in the first twentieth,")
+    print(f"                           {losses[-part:].mean():.2f} in the last")
     for num_steps in (0, 1, 5, 10):
         report = error_after(params, num_steps)
         print(

@@ -56,7 +56,8 @@ def adapt(
         params: any pytree of floating-point arrays.
         support: any pytree whose leaves lead with the example axis.
         optimizer: any optax transformation. One that needs the loss (Polyak steps, line searches)
-            is given `value`, `grad` and `value_fn`.
+            is given `value`, `grad` and `value_fn`; those of `optax.contrib` that want other
+            functions of the loss (`sam`, `sophia`) cannot be used, inside or outside.
         num_steps: at least 0. May be a JAX integer, traced or not, and one per task under `vmap`;
             the result can then not be differentiated in reverse.
         first_order: whether to treat the inner gradients as constants. Without, roots that are zero

@@ -24,6 +24,9 @@ FORMAT = 1
 KEEP = 2
 """Checkpoints on disk: the newest, and one to fall back on."""
 
+OVERHEAD = 2**20
+"""Bytes that a checkpoint may take beside those of its arrays, which files and names need."""
+
 
 class Checkpoint(NamedTuple):
     """What was saved.
@@ -138,6 +141,12 @@ class _DamagedError(Exception):
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     # Under numbers, not under names: a name may be anything, and so may the file system.
     leaves = named_arrays.by_name(checkpoint.tree).items()
+    # Orbax's threads would print a traceback each.
+    needed = OVERHEAD + sum(leaf.nbytes for _, leaf in leaves)
+    if shutil.disk_usage(folder.parent).free < needed:
+        raise OSError(
+            f"cannot write the checkpoint {folder}: the disk is full, {needed:,} bytes are needed"
+        )
     folder.mkdir()
     with _checkpointer() as orbax:
         # Empty arrays are refused by Orbax, and need no saving.

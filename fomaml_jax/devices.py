@@ -35,9 +35,16 @@ def _cores() -> int:
 
 
 def keep_compiled_programs(folder: Path | None) -> None:
-    """Turns on JAX's persistent compilation cache, for all that takes noticeable time."""
+    """Turns on JAX's persistent compilation cache, for all that takes noticeable time.
+
+    Raises:
+        ValueError: where the folder cannot be made.
+    """
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--compilation-cache {folder}: {error.strerror or error}") from None
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -22,7 +22,7 @@ def check(chosen: Options) -> None:
         ValueError: naming the option, the value, and what it may be.
     """
     least = {"inner_steps": 0, "eval_steps": 1, "eval_tasks": 2, "seed": 0, "shift": 0}
-    least |= {"split_seed": 0}
+    least |= {"split_seed": 0, "ways": 2, "train_ways": 2}
     for name, kind in typing.get_type_hints(type(chosen)).items():
         value, option = getattr(chosen, name), flag(name)
         if value is None:

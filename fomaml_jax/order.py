@@ -14,7 +14,7 @@ from fomaml_jax.dtypes import widened
 from fomaml_jax.meta_gradients import fomaml, maml
 from fomaml_jax.parallel import together
 from fomaml_jax.trainable import Trainable, merge, split
-from fomaml_jax.types import LossFn, Params, Task
+from fomaml_jax.types import LossFn, Params, Task, WithState
 
 
 class Order(NamedTuple):
@@ -74,7 +74,7 @@ def check_order(
         An `Order`; print it.
 
     Raises:
-        TypeError: for an optimizer that is not one.
+        TypeError: for an optimizer that is not one, a `WithState`.
         ValueError: for gradients of another structure, a negative number of steps, a task whose
             gradients are not finite, an optimizer that has no second derivative.
 
@@ -89,6 +89,7 @@ def check_order(
         >>> fj.check_order(loss, jnp.zeros(1), task, optax.sgd(0.5), 1, maml).verdict
         'second'
     """
+    _check_stateless(params)
     refusals.check_params(params)
     refusals.check_optimizer(optimizer)
     num_steps = operator.index(refusals.check_num_steps(num_steps))
@@ -199,6 +200,9 @@ def diagnose(
     Returns:
         A `Diagnosis`. Wrap the call in `jax.jit` for speed.
 
+    Raises:
+        TypeError: for a `WithState`.
+
     Example:
         >>> import jax.numpy as jnp, optax, fomaml_jax as fj
         >>> loss = lambda theta, centre: 0.5 * jnp.sum((theta - centre) ** 2)
@@ -208,6 +212,7 @@ def diagnose(
         >>> report.cosine
         Array([1., 1.], dtype=float32)
     """
+    _check_stateless(params)
     refusals.check_task_axis(tasks)
     refusals.check_at_least("num_steps", num_steps, 1)
     loss = objectives.checked_loss(loss_fn, has_aux)
@@ -230,6 +235,14 @@ def diagnose(
     mean_cosine = optax.tree.vdot(*means) / (mean_norms[0] * mean_norms[1])
     drop = -jnp.diff(losses.mean(0))
     return Diagnosis(jnp.asarray(cosine), jnp.asarray(mean_cosine), norms[0] / norms[1], drop)
+
+
+def _check_stateless(params: Params) -> None:
+    if isinstance(params, WithState):
+        raise TypeError(
+            "the order is judged without state: pass the params of the WithState, and a loss with "
+            "its state fixed, `lambda params, batch: loss(params, state, batch)[0]`"
+        )
 
 
 def _distance(given: Params, reference: Params) -> jax.Array:

@@ -12,7 +12,7 @@ from fomaml_jax import options, problems, runs
 from fomaml_jax.batch_statistics import queries_of
 from fomaml_jax.problems import Problem
 from fomaml_jax.types import Params, Task
-from fomaml_jax.wording import plain
+from fomaml_jax.wording import counted, plain
 
 INK, ACCENT, RIGHT, WRONG = "#222222", "#c2410c", "#15803d", "#b91c1c"
 BASELINE_STYLES = ("--", ":", "-.")
@@ -134,7 +134,7 @@ def sine_waves(
         order = np.argsort(task.query[0][:, 0])
         axes.plot(*(part[order] for part in task.query), color=RIGHT, lw=2, label="the wave")
         for step, style in zip(steps, (":", "--", "-"), strict=False):
-            label = f"after {step} step{'s' * (step != 1)}" if step else "before adaptation"
+            label = f"after {counted(step, 'step')}" if step else "before adaptation"
             axes.plot(grid, curves[step], color=ACCENT, ls=style, lw=1.2, label=label)
         axes.plot(*task.support, "^", color=INK, ms=7, label="points given")
         axes.set_title(f"unseen task {index + 1}", fontsize=9)

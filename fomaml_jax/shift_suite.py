@@ -50,12 +50,10 @@ def suite(chosen: options.Options, splits: Splits | GroupSplits | None) -> Suite
     """The suite of a run; reads the other data sets that are there, and downloads none.
 
     Raises:
-        ValueError: for a run without pictures, or without classes to mistake for one another.
+        ValueError: for a run without pictures.
     """
     if not (isinstance(splits, Splits) and isinstance(chosen, options.ImageOptions)):
         raise ValueError(f"--shift: {options.name_of(chosen)} has no pictures to shift")
-    if chosen.ways < 2:
-        raise ValueError(f"--shift needs tasks of at least 2 ways, got {chosen.ways}")
     pools, left_out = _pools(chosen, splits)
     conditions = []
     for condition in _every_condition(chosen, list(pools)):

@@ -260,6 +260,8 @@ def _check_episodes(images, ways, shots, queries, counts, rotations) -> None:
     kind = getattr(getattr(images, "dtype", None), "kind", "O")
     if not isinstance(images, jax.Array | np.ndarray) or kind in "OSUMm":
         found = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        if isinstance(getattr(images, "images", None), np.ndarray):  # a split of a data set
+            raise TypeError(f"images must be an array: pass the {found}'s .images, and .counts")
         raise TypeError(
             f"images must be one array [classes, examples, ...] of numbers, got {found}; bring "
             "pictures of different sizes to one size first, as datasets.image_folder does"

@@ -14,6 +14,16 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "row"), counted(2, "row")
+        ('1 row', '2 rows')
+    """
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 FEW = 15
 """With fewer tasks the normal distribution's interval is too narrow by a tenth and more."""
 

@@ -90,6 +90,15 @@ REFUSED = {
     "report": "report needs at least one run",
     "report nowhere": "nowhere is not a run: it does not exist",
     "report run --out file": "file is a file; pass --out with a folder",
+    "report run --out file/sub/report": "file is a file; pass another --out",
+    "evaluate run --shift --out file/report": "file is a file; pass another --out",
+    "adapt pretrained:omniglot --support full --save file/a.npz": "file is a file; pass another "
+    "--save",
+    "adapt pretrained:omniglot --support full --save empty": "empty is a folder; pass --save with "
+    "a file",
+    "predict a.npz --query full --out file/b": "file is a file; pass another --out",
+    "predict run --file new.csv --out file/c.csv": "file is a file; pass another --out",
+    "train glyphs --compilation-cache file": "--compilation-cache file: File exists",
     "report run empty": "empty is not a run: it has no config.json",
     "train mnist": "unknown data set 'mnist'; there are glyphs, omniglot, sinusoid, folder, table",
     "train --steps 3 glyphs": "the data set comes first: fomaml-jax train glyphs ...",
@@ -101,7 +110,7 @@ REFUSED = {
     "adapt pretrained:omniglot --support full --query full --out full/b": "full/b would be among "
     "the pictures in full; pass another --out",
     "train ''": "unknown data set ''; there are glyphs, omniglot, sinusoid, folder, table",
-    "train glyphs --ways 0": f"--ways {COUNT} 1, got 0",
+    "train glyphs --ways 1": f"--ways {COUNT} 2, got 1",
     "train glyphs --shots -1": f"--shots {COUNT} 1, got -1",
     "train glyphs --queries 0": f"--queries {COUNT} 1, got 0",
     "train --steps 0": f"--steps {COUNT} 1, got 0",
@@ -182,6 +191,16 @@ def assert_refused(scene, words, message):
 @pytest.mark.parametrize("line", REFUSED)
 def test_refused(scene, line):
     assert_refused(scene, words_of(line), REFUSED[line])
+
+
+def test_what_may_not_be_written_is_refused_before_the_work(scene, monkeypatch):
+    """Root may write anywhere, so the system's answer is put in its place."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "empty")
+    message = "empty may not be written to; pass another --out"
+    assert_refused(scene, ["report", "run", "--out", "empty/new"], message)
+    message = "empty may not be written to; pass another --save"
+    words = ["adapt", "pretrained:omniglot", "--support", "full", "--save", "empty/a.npz"]
+    assert_refused(scene, words, message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -320,7 +339,7 @@ PICTURES = {
         only(3),
         "",
         "data holds too few class folders (class 0, class 1, class 2), expected at least 4: two to "
-        "train on and two others to test on, unless test=0",
+        "train on and two others to test on",
     ),
     "too few pictures": (
         lambda data: next((data / "class 1").iterdir()).unlink(),
@@ -394,6 +413,20 @@ def test_a_full_disk_loses_nothing(size, sinusoid, tmp_path):
     assert rows_of(again.out) == rows_of(sinusoid.out)
 
 
+def test_a_disk_too_full_for_a_checkpoint_is_seen_before_it_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    folder = tmp_path / "run"
+    run = call(*TRAIN, "--out", folder)
+    assert (run.code, run.out) == (2, "")
+    assert re.fullmatch(
+        rf"fomaml-jax: cannot write to {folder}: cannot write the checkpoint "
+        rf"{folder}/checkpoints/\.0000000001: the disk is full, 1,0\d\d,\d\d\d bytes are needed; "
+        rf"go on with: fomaml-jax train --resume {folder}",
+        run.err.splitlines()[-1],
+    )
+
+
 # Refusals: of a run that something happened to.
 
 
@@ -427,7 +460,7 @@ SPOILED = {
         write_config(zeal=1),
         "the configuration's options differ from this version's: zeal",
     ),
-    "numbers made impossible": (write_config(ways=-3), f"--ways {COUNT} 1, got -3"),
+    "numbers made impossible": (write_config(ways=-3), f"--ways {COUNT} 2, got -3"),
     "parameters of another shape": (
         write_config(width=5),
         r"run/parameters.npz does not fit its configuration: \['params'\]\['body'\]\['bias'\] "

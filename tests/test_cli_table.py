@@ -93,7 +93,7 @@ def test_groups_are_drawn(harvests):
             assert np.asarray(image.convert("L")).std() > 1
 
 
-def test_evaluate_repeats_the_result_and_finds_a_file_that_was_moved(harvests, tmp_path):
+def test_a_file_that_was_moved_is_asked_for_and_found(harvests, tmp_path):
     config = json.loads((harvests.folder / "config.json").read_text())
     moved = shutil.copy(config["file"], tmp_path / "elsewhere.csv")
     run = shutil.copytree(harvests.folder, tmp_path / "run")
@@ -101,6 +101,8 @@ def test_evaluate_repeats_the_result_and_finds_a_file_that_was_moved(harvests, t
     (run / "config.json").write_text(json.dumps(options))
     lost = call("evaluate", run)
     assert lost.err.endswith("expected a CSV file; where it has moved, pass --file\n")
+    (run / "result.json").unlink()
+    assert call("train", "--resume", run).err == lost.err
     found = call("evaluate", run, "--file", moved)
     assert found.code == 0, found.err
     assert rows_of(found.out) == rows_of(harvests.out)[:2]

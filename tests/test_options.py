@@ -173,7 +173,8 @@ def test_a_configuration_of_something_else_is_refused(config, message):
 
 
 IMPOSSIBLE = {
-    "ways": (0, "--ways must be an integer of at least 1, got 0"),
+    "ways": (1, "--ways must be an integer of at least 2, got 1"),
+    "train_ways": (1, "--train-ways must be an integer of at least 2, got 1"),
     "shots": (-1, "--shots must be an integer of at least 1, got -1"),
     "queries": (0, "--queries must be an integer of at least 1, got 0"),
     "steps": (0, "--steps must be an integer of at least 1, got 0"),

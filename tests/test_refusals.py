@@ -315,6 +315,21 @@ REFUSED = {
         TypeError,
         "images must be one array .* of numbers, got object",
     ),
+    "a split for its pictures": (
+        lambda: episodes(fj.datasets.glyphs().train),
+        TypeError,
+        r"images must be an array: pass the ImageClasses's \.images, and \.counts",
+    ),
+    "the order of parameters with state": (
+        lambda: fj.check_order(network, fj.WithState(PARAMS, 0.0), TASK, SGD, 1),
+        TypeError,
+        "the order is judged without state: pass the params of the WithState, and a loss with",
+    ),
+    "a diagnosis of parameters with state": (
+        lambda: fj.diagnose(network, fj.WithState(PARAMS, 0.0), TASKS, SGD, 1),
+        TypeError,
+        "the order is judged without state",
+    ),
     "keys for pictures": (
         lambda: episodes(jax.random.split(jax.random.key(0), (4, 5))),
         TypeError,

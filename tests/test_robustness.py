@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -199,14 +198,9 @@ def test_what_cannot_be_measured_is_left_out_with_a_reason(data):
     ]
 
 
-def test_refusals(data):
-    refused = {
-        "--shift: sinusoid has no pictures to shift": (options.Sinusoid(), None),
-        "--shift needs tasks of at least 2 ways, got 1": (options.Omniglot(ways=1), OMNIGLOT),
-    }
-    for message, (chosen, splits) in refused.items():
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            shift_suite.suite(chosen, splits)
+def test_a_run_without_pictures_is_refused():
+    with pytest.raises(ValueError, match=r"^--shift: sinusoid has no pictures to shift$"):
+        shift_suite.suite(options.Sinusoid(), None)
 
 
 # What is said of it.

@@ -14,7 +14,7 @@ from fomaml_jax.classifiers import Classifier, load_classifier
 from fomaml_jax.commands.endings import plain_warnings, refusing
 from fomaml_jax.commands.recognised import how_read
 from fomaml_jax.commands.recognising import Recognise, check_out, read, recognise
-from fomaml_jax.commands.words import check_outside, parse
+from fomaml_jax.commands.words import check_file, check_outside, parse
 from fomaml_jax.datasets import Pictures
 from fomaml_jax.devices import keep_compiled_programs
 from fomaml_jax.recognition import (
@@ -24,6 +24,7 @@ from fomaml_jax.recognition import (
     adapt_classifier,
     background_of,
 )
+from fomaml_jax.wording import counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,7 @@ def _check_places(asked: Adapt, folder: Path) -> None:
         check_out(folder, overwrite=asked.overwrite, apart=pictures_in)
     if asked.save is None:
         return
-    if asked.save.is_dir():
-        raise ValueError(f"{asked.save} is a folder; pass --save with a file")
+    check_file(asked.save, "--save")
     for data in pictures_in:
         check_outside(asked.save, data, "--save")
     if asked.query and asked.save.resolve().parent == folder.resolve():
@@ -129,8 +129,5 @@ def _adapted(
 def _shown(support: Pictures, background: Background) -> str:
     counts = np.bincount(np.asarray(support.labels))
     few, many = int(counts.min()), int(counts.max())
-    each = f"{few}" if few == many else f"{few} to {many}"
-    return (
-        f"{len(support.names)} classes by {each} example{'s' * (many > 1)} each "
-        f"({how_read(support, background)})"
-    )
+    each = f"{few} to " * (few < many) + counted(many, "example")
+    return f"{len(support.names)} classes by {each} each ({how_read(support, background)})"

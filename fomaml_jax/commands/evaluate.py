@@ -11,7 +11,7 @@ from fomaml_jax.batch_statistics import Statistics
 from fomaml_jax.commands import shift
 from fomaml_jax.commands.endings import plain_warnings, refusing
 from fomaml_jax.commands.tables import table
-from fomaml_jax.commands.words import parse
+from fomaml_jax.commands.words import parse, saying_what_moved
 from fomaml_jax.devices import keep_compiled_programs
 
 OF_TASKS = "ways", "shots", "queries", "statistics"
@@ -105,11 +105,8 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
     if asked.offline and hasattr(chosen, "offline"):
         changes["offline"] = True
     with plain_warnings():
-        try:
+        with saying_what_moved(chosen):
             problem = problems.build(dataclasses.replace(chosen, **changes))
-        except FileNotFoundError as error:
-            option = "--file" if isinstance(chosen, options.Table) else "--path"
-            raise FileNotFoundError(f"{error}; where it has moved, pass {option}") from None
         if problem.splits is not None:
             runs.check_data(run, experiment.described(problem))
         runs.warn_if_begun(run)

@@ -12,11 +12,11 @@ from tyro.conf import Positional
 
 from fomaml_jax import runs
 from fomaml_jax.commands.endings import plain_warnings, refusing, say
-from fomaml_jax.commands.words import parse
+from fomaml_jax.commands.words import check_file, parse
 from fomaml_jax.datasets import FURTHEST, FewRows, few_rows
 from fomaml_jax.devices import keep_compiled_programs
 from fomaml_jax.regressors import Regressor, load_regressor
-from fomaml_jax.wording import caveat
+from fomaml_jax.wording import caveat, counted
 
 FAR = 10.0
 """Standard deviations from the mean in training: a value is then hardly in the same unit."""
@@ -68,8 +68,7 @@ def main(words: list[str]) -> None:
 
 
 def _check_out(asked: PredictRows) -> None:
-    if asked.out.is_dir():
-        raise ValueError(f"{asked.out} is a folder; pass --out with a file")
+    check_file(asked.out)
     if asked.out.exists() and asked.file.exists() and asked.out.samefile(asked.file):
         raise ValueError(f"{asked.out} is the table itself; pass --out with another file")
     if asked.out.exists() and not asked.overwrite:
@@ -141,10 +140,11 @@ def _write(path: Path, found: FewRows, column: str, predicted: np.ndarray, decim
 def _told(regressor: Regressor, found: FewRows, result: dict | None) -> str:
     chosen, known = regressor.chosen, found.weights.sum(1).astype(int)
     few, many = int(known.min()), int(known.max())
-    from_rows = f"{few}" if few == many else f"{few} to {many}"
+    from_rows = f"{few} to " * (few < many) + counted(many, "known row")
+    asked, groups = int((found.rows >= 0).sum()), len(found.names)
     said = [
-        f"{chosen.target} of {(found.rows >= 0).sum()} rows of {len(found.names)} groups "
-        f"({chosen.group}), each from {from_rows} known rows of its own"
+        f"{chosen.target} of {counted(asked, 'row')} of {counted(groups, 'group')} "
+        f"({chosen.group}), each from {from_rows} of its own"
     ]
     if alone := [name for name, count in zip(found.names, known, strict=True) if not count]:
         said.append(
@@ -152,7 +152,9 @@ def _told(regressor: Regressor, found: FewRows, result: dict | None) -> str:
             "predictions without adaptation"
         )
     if many and few < chosen.shots:
-        said.append(f"Training gave {chosen.shots} rows of a group; fewer mean larger errors")
+        said.append(
+            f"Training gave {counted(chosen.shots, 'row')} of a group; fewer mean larger errors"
+        )
     if result is not None:
         said.append(
             f"In training's own table, the {result['metric']} was {result['mean']:.3g} ± "

@@ -11,7 +11,7 @@ from fomaml_jax.commands.tables import STATISTICS
 from fomaml_jax.commands.words import check_folder, check_outside
 from fomaml_jax.datasets import Splits
 from fomaml_jax.robustness import ADAPTED, FEATURES, PIXELS
-from fomaml_jax.wording import caveat
+from fomaml_jax.wording import caveat, counted
 
 TASKS = 200
 """Tasks of a condition: intervals of about a point, in a few minutes on two cores."""
@@ -92,8 +92,7 @@ def table(result: dict[str, Any]) -> str:
         f"{STATISTICS[result['statistics']]}",
         "",
         f"  {'':<32}{'adapted,':>16}{'class means,':>16}{'class means,':>16}{'adapted -':>16}",
-        f"  {'':<32}{f'{steps} step' + 's' * (steps > 1):>16}"
-        f"{'features':>16}{'pixels':>16}{'features':>16}",
+        f"  {'':<32}{counted(steps, 'step'):>16}{'features':>16}{'pixels':>16}{'features':>16}",
     ]
     for shift, rows in shown.by_shift(result["rows"]).items():
         lines += ["", shift, *map(_line, rows)]

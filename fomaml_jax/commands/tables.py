@@ -6,7 +6,7 @@ from typing import Any
 
 from fomaml_jax import options, runs
 from fomaml_jax.batch_statistics import ONE_AT_A_TIME, TRANSDUCTIVE
-from fomaml_jax.wording import caveat, decimals
+from fomaml_jax.wording import caveat, counted, decimals
 
 STATISTICS = {
     TRANSDUCTIVE: "query batches normalised together (transductive)",
@@ -66,4 +66,4 @@ def _mean_and_ci95(row: dict[str, float | None]) -> tuple[float, float]:
 
 
 def _after(steps: int, start: str) -> str:
-    return f"after {steps} step{'s' * (steps > 1)}" if steps else start
+    return f"after {counted(steps, 'step')}" if steps else start

@@ -32,7 +32,7 @@ from fomaml_jax.commands.endings import (
     terminable,
 )
 from fomaml_jax.commands.tables import read_table, table
-from fomaml_jax.commands.words import check_outside, parse, taken
+from fomaml_jax.commands.words import check_outside, parse, saying_what_moved, taken
 from fomaml_jax.devices import every_device, keep_compiled_programs
 from fomaml_jax.training import DivergedError
 
@@ -67,7 +67,8 @@ def main(words: list[str]) -> None:
         if join is not None:
             _join(join, chosen, resumed)
         keep_compiled_programs(chosen.compilation_cache)
-        with plain_warnings():
+        moved = saying_what_moved(chosen) if resumed else contextlib.nullcontext()
+        with plain_warnings(), moved:
             problem = problems.build(chosen)
     with contextlib.ExitStack() as stack:
         with refusing(), processes.first_goes_ahead():

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
+from fomaml_jax import options
 from fomaml_jax.commands.endings import REFUSED, stop
 
 T = TypeVar("T")
@@ -42,13 +44,52 @@ def _at_home(found: Any) -> Any:
 
 
 def check_folder(path: Path) -> None:
-    """Refuses a file where a folder is to be written.
+    """Refuses a place where no folder can be written, before any work is done.
 
     Raises:
         ValueError: naming it.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; pass --out with a folder")
+    check_writable(path, "--out")
+
+
+def check_file(path: Path, option: str = "--out") -> None:
+    """Refuses a place where no file can be written, before any work is done.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; pass {option} with a file")
+    check_writable(path.parent, option)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuses a folder that cannot be written to, or made.
+
+    Raises:
+        ValueError: naming the part of its path that stands in the way.
+    """
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; pass another {option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there} may not be written to; pass another {option}")
+
+
+@contextlib.contextmanager
+def saying_what_moved(chosen: options.Options) -> Iterator[None]:
+    """Says of a run's data that are not where they were how to say where they are.
+
+    Raises:
+        FileNotFoundError: for these.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        option = "--file" if isinstance(chosen, options.Table) else "--path"
+        raise FileNotFoundError(f"{error}; where it has moved, pass {option}") from None
 
 
 def check_outside(path: Path, data: Path, option: str = "--out") -> None:

@@ -65,7 +65,7 @@ def dealt_splits(folder: Path, validation: float, test: float, seed: int) -> lis
     """Whole classes at random; see `image_folder` for how many."""
     classes = list_classes(folder)
     if test:
-        _check_count(folder, classes, 4, "two to train on and two others to test on, unless test=0")
+        _check_count(folder, classes, 4, "two to train on and two others to test on")
     else:
         _check_count(folder, classes, 2, "a task needs two")
     tested = _share(classes, test)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fomaml_jax.datasets._checks import check_choice, check_folder, cli_extra, whole_number
 from fomaml_jax.datasets._class_folders import list_classes, visible
+from fomaml_jax.wording import counted
 
 _EXPECTED = "a folder of pictures, or of one folder a class"
 
@@ -118,7 +119,7 @@ def few_pictures(
         found += [(label, *each) for each in of_class]
     if skipped:
         warnings.warn(
-            f"{len(skipped)} file{'s' * (len(skipped) > 1)} left out, such as: {skipped[0]}",
+            f"{counted(len(skipped), 'file')} left out, such as: {skipped[0]}",
             stacklevel=2,
         )
     labels, files, images, inverted = zip(*found, strict=True)

@@ -155,7 +155,7 @@ def _downloaded(download: bool) -> list[Path]:
     if not download and not all(_zipped_or_unpacked(folder, name) for name in _ALPHABETS):
         raise FileNotFoundError(
             f"Omniglot is neither in $FOMAML_JAX_DATA nor in {folder}, and may not be downloaded: "
-            f"pass path={_EXPECTED}"
+            f"pass its path, {_EXPECTED}"
         )
     return [_zipped_or_unpacked(folder, name) or _download(folder, name) for name in _ALPHABETS]
 
@@ -170,7 +170,7 @@ def _download(folder: Path, name: str) -> Path:
         file = pooch.retrieve(url, f"md5:{_MD5[name]}", fname=f"{name}.zip", path=folder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise OSError(f"cannot download {url} ({reason}): pass path={_EXPECTED}") from error
+        raise OSError(f"cannot download {url} ({reason}): pass its path, {_EXPECTED}") from error
     return Path(file)
 
 
