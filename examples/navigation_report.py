@@ -92,7 +92,7 @@ def table(summary):
             f"{x['mean']:.1f} ± {x['ci95']:.1f} ({x['least']:.1f} to {x['most']:.1f})"
             for x in found
         )
-        lines.append(f"{name:24}" + "".join(f"{cell:>28}" for cell in cells))
+        lines.append(f"{name:24}" + "".join(f"  {cell:>26}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fomaml_jax import options, problems, runs
 from fomaml_jax.batch_statistics import queries_of
@@ -179,6 +180,7 @@ def groups(
         for line, style in zip(predicted[i, :, :count], (":", "-"), strict=True):
             axes.plot(place, line, color=ACCENT, ls=style, lw=1.2)
         axes.set_title(plain(f"{chosen.group} {name}"), fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     for axes in axes_of[len(names) :]:
         axes.set_visible(False)
