@@ -34,7 +34,7 @@ from command_line import (
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from fomaml_jax import experiment, options, problems, runs
+from fomaml_jax import experiment, option_checks, options, problems, runs
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -413,7 +413,7 @@ def test_tensorboard(sinusoid, tmp_path, monkeypatch):
     content = events.read_bytes()
     for name in ("loss", "grad_norm", "left_out", "validation"):
         assert name.encode() in content
-    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(option_checks.importlib.util, "find_spec", lambda name: None)
     missing = call("train", "sinusoid", "--tensorboard", "--out", tmp_path / "other")
     assert missing.code == 2
     assert missing.err.endswith('tensorboardX: pip install "fomaml-jax[tensorboard]"\n')
