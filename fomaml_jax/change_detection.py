@@ -153,7 +153,9 @@ def _score(state: CusumState, log_loss: jax.Array) -> jax.Array:
     variance = jnp.where(known, state.variance, 1)  # no root of zero, whose slope is infinite
     spread = jnp.sqrt(variance * (n + 1) / freedom)  # the variance has n below, not n - 1
     t = (log_loss - state.mean) / spread
-    u = t**2 / freedom
+    u = jnp.minimum(
+        t**2 / freedom, jnp.finfo(t.dtype).max
+    )  # else infinite where losses stood still
     shrunk = jnp.sqrt(jnp.where(u > 0, jnp.log1p(u) / jnp.where(u > 0, u, 1), 1))
     score = t * (8 * freedom + 1) / (8 * freedom + 3) * shrunk
     return jnp.where(known, score, 0)

@@ -115,6 +115,7 @@ def evaluate_on(
         An `Evaluation`, in the order of the tasks.
 
     Raises:
+        TypeError: for `tasks` that are no `Task`.
         ValueError: as `evaluate`.
 
     Example:
@@ -125,6 +126,7 @@ def evaluate_on(
         >>> fj.evaluate_on(own_mean, error, (), tasks).per_task
         Array([0., 1., 2.], dtype=float32)
     """
+    refusals.check_kind_of_task("tasks must be", tasks)
     num_tasks = refusals.check_task_axis(tasks)
     refusals.check_at_least("the number of tasks", num_tasks, 2)
 

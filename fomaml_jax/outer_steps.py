@@ -53,8 +53,9 @@ def _support_losses(tasks: TaskInfo) -> jax.Array:
     if np.ndim(losses) != 2 or losses.shape[1] == 0:
         return jnp.zeros(3)
     ends = jnp.stack([losses[:, 0], losses[:, -1], jnp.ones_like(losses[:, 0])], axis=1)
-    total = jnp.where(tasks.finite[:, None], ends, 0).sum(0, dtype=accumulator(ends.dtype))
-    return total / jnp.maximum(tasks.finite.sum(), 1).astype(total.dtype)
+    counted = tasks.finite & ~jnp.isnan(losses[:, 0])  # NaN where a traced number of steps is zero
+    total = jnp.where(counted[:, None], ends, 0).sum(0, dtype=accumulator(ends.dtype))
+    return total / jnp.maximum(counted.sum(), 1).astype(total.dtype)
 
 
 def compiled(

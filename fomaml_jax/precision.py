@@ -55,11 +55,11 @@ def compute_in(dtype: Any, fn: Callable[P, R]) -> Callable[P, R]:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating-point dtype, such as jnp.bfloat16, got {dtype}")
 
-    later, call = _names(fn)[2:], cast(Any, fn)
+    names, call = _names(fn), cast(Any, fn)
 
     @functools.wraps(fn)
     def computed(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[:2], {name: x for name, x in kwargs.items() if name not in later}
+        first = args[:2], {k: x for k, x in kwargs.items() if not names or k in names[:2]}
         args_in, kwargs_in = _cast(first, jnp.float32, dtype)
         out = call(*args_in, *args[2:], **(kwargs | kwargs_in))
         return _cast(out, dtype, jnp.float32)

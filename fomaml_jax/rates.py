@@ -128,7 +128,7 @@ def report(before: Params, after: Params) -> str:
             continue
         numbers = [np.mean(np.asarray(old)), new.mean(), new.min(), new.max()]
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        below = f"{int((new <= 0).sum())} of {new.size}"
+        below = f"{int((~(new > 0)).sum())} of {new.size}"
         rows.append((name, *(f"{x:.4g}" for x in numbers), below))
     width = max(len(row[0]) for row in rows)
     return "\n".join(

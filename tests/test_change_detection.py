@@ -192,3 +192,12 @@ def test_the_statistic_has_the_derivative_of_its_differences():
     of_mean = jax.grad(lambda x: _score(state, x))(jnp.zeros(()))
     after = _score(state, jnp.array(1e-4)) / 1e-4
     np.testing.assert_allclose(of_mean, after, rtol=1e-6)
+
+
+@pytest.mark.parametrize("still", [700, 800, 900])
+def test_losses_that_stood_still_do_not_blind_it(still):
+    """The deviations they have left are so small that a jump's square overflows."""
+    detector = fj.cusum(window=10)
+    losses = jnp.concatenate([jnp.array([2.0, 3.0, 1.5]), jnp.ones(still), jnp.full(60, 1e4)])
+    _, changes = jax.lax.scan(detector.step, detector.init(), losses)
+    assert np.asarray(changes.jump)[-60:].any()

@@ -199,6 +199,12 @@ def test_the_report_has_nothing_to_say_of_no_rates():
     assert len(fj.rates.report(rates, rates).splitlines()) == 2
 
 
+@pytest.mark.makes_nans
+def test_rates_that_are_no_numbers_are_not_above_zero():
+    report = fj.rates.report({"w": jnp.ones(2)}, {"w": jnp.full(2, jnp.nan)})
+    assert report.endswith("2 of 2")
+
+
 @pytest.mark.parametrize("rate", [1, np.array(1), jnp.array(1)])
 def test_a_rate_that_is_an_integer_is_the_number_it_is(rate):
     half = fj.adapt(quadratic, jnp.zeros(2), jnp.full(2, 0.5), fj.rates.scale_by_rates(rate), 1)[0]

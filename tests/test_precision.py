@@ -146,3 +146,16 @@ def test_support_losses_in_few_bits_are_reported_as_they_are():
     )
     (row,) = trained.metrics  # the sum over tasks is beyond float16
     np.testing.assert_allclose(row["support_loss_first"], 101.0, rtol=1e-6)
+
+
+def test_what_a_function_takes_by_any_name_stays_as_it_is():
+    """Only its first two arguments are cast, also where the names of others are not known."""
+
+    dtypes = []
+
+    def recorded(params, x, **others):
+        dtypes.extend([x.dtype, others["mask"].dtype])
+        return jnp.zeros(())
+
+    fj.compute_in(jnp.bfloat16, recorded)(jnp.ones(3), x=jnp.ones(3), mask=jnp.ones(3))
+    assert dtypes == [jnp.bfloat16, jnp.float32]

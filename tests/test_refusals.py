@@ -320,6 +320,11 @@ REFUSED = {
         TypeError,
         r"images must be an array: pass the ImageClasses's \.images, and \.counts",
     ),
+    "an evaluation on what are no tasks": (
+        lambda: fj.evaluate_on(lambda p, s: p, lambda p, q: 0.0, (), (TASK.support, TASK.query)),
+        TypeError,
+        r"tasks must be a fomaml_jax\.Task\(support, query\), got a tuple",
+    ),
     "the order of parameters with state": (
         lambda: fj.check_order(network, fj.WithState(PARAMS, 0.0), TASK, SGD, 1),
         TypeError,

@@ -75,3 +75,24 @@ def test_weights_that_follow_the_outer_step():
     for step in range(3):
         by_hand, _ = fj.meta_learner(at(jnp.array(step)), optax.sgd(0.1)).step(by_hand, tasks)
     assert_close(state, by_hand)
+
+
+@pytest.mark.makes_nans
+def test_a_step_without_inner_steps_leaves_the_reported_support_losses_alone():
+    def at(step):
+        return fj.over_tasks(fj.fomaml(quadratic, optax.sgd(0.5), jnp.minimum(step, 3)))
+
+    rows = []
+    fj.train(
+        fj.scheduled_learner(at, optax.sgd(0.1)),
+        jnp.zeros(1),
+        lambda key: fj.Task(*jax.random.normal(key, (2, 1))),
+        jax.random.key(0),
+        tasks_per_step=2,
+        steps=20,
+        report_every=10,
+        name=None,
+        on_report=lambda row, params: rows.append(row),
+    )
+    assert len(rows) == 2
+    assert all(np.isfinite(row["support_loss_first"]) for row in rows)
