@@ -150,7 +150,6 @@ def test_support_losses_in_few_bits_are_reported_as_they_are():
 
 def test_what_a_function_takes_by_any_name_stays_as_it_is():
     """Only its first two arguments are cast, also where the names of others are not known."""
-
     dtypes = []
 
     def recorded(params, x, **others):
