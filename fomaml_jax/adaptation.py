@@ -67,8 +67,9 @@ def adapt(
         trainable: which leaves to adapt: `path -> bool`, with paths such as `"params/head/kernel"`,
             or a pytree of booleans like `params`, of which one may stand for all that is below it.
             The others cost neither gradient nor optimizer state, and what they alone make of the
-            support set is computed once, not in every step (but for `per_step_support` and
-            `has_state`).
+            support set is computed once, not in every step (but for `per_step_support`,
+            `has_state`, and inside of a `jax.checkpoint` or a function with derivatives of its own
+            that takes adapted leaves too).
         per_step_support: whether the leaves of `support` lead with an axis of `num_steps`, a batch
             for each step (of a traced number, steps beyond the last batch take that again).
         opt_state: the optimizer state to start from, such as `AdaptInfo.opt_state` of the task

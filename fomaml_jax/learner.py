@@ -229,12 +229,26 @@ def of_its_own(opt_state: optax.OptState) -> optax.OptState:
 
 
 def _tells_apart(opt_state: optax.OptState) -> bool:
-    """Whether some optimizer in it is for a part of the parameters alone."""
+    """Whether it is of `with_state`, or of parts of one's own among which no part takes both."""
+    parted = _inside([opt_state], optax.PartitionState | optax.MaskedState)
+    if any(getattr(node, "inner_states", {}).keys() == {"params", "state"} for node in parted):
+        return True
+    # Momentum, say, for both: what is left out of a part has no leaves there.
+    takes_both = any(
+        jax.tree.leaves(node.params) and jax.tree.leaves(node.state)
+        for node in _inside([opt_state], WithState)
+    )
+    return bool(parted) and not takes_both
 
-    def is_parted(node: Any) -> bool:
-        return isinstance(node, optax.PartitionState | optax.MaskedState)
 
-    return any(map(is_parted, jax.tree.leaves(opt_state, is_leaf=is_parted)))
+def _inside(tree: Any, kind: Any) -> list[Any]:
+    """All nodes of a kind below this one, those inside of others included."""
+
+    def is_inner(node: Any) -> bool:
+        return node is not tree and isinstance(node, kind)
+
+    found = [node for node in jax.tree.leaves(tree, is_leaf=is_inner) if is_inner(node)]
+    return found + [inner for node in found for inner in _inside(node, kind)]
 
 
 def with_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

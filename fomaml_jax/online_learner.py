@@ -107,7 +107,8 @@ def online(
             around any algorithm with at least one inner step. It also does the adapting and
             judging. Tasks that are not finite are left out of each mean as it says.
         optimizer: the outer one, any optax transformation.
-        capacity: tasks that are remembered; the memory of a state grows with it.
+        capacity: tasks that are remembered; the memory of a state grows with it. A `KeyedTask` is
+            remembered with its key: whenever it is drawn, its loss draws the same random numbers.
         steps_per_arrival: outer steps after each arrival.
         tasks_per_step: tasks in each of them.
         detector: a change detector: `cusum()` unless given.

@@ -83,8 +83,8 @@ def over_tasks(
             among whose devices the tasks are shared out. Each device passes its own tasks, and gets
             the mean over those of all; `TaskInfo` is that of its own.
         task_weight: `task -> []`, how much a task counts in the mean gradient (the number of its
-            records, say); at least zero, relative, in float32. All tasks count the same unless
-            given. A task whose weight is negative or not finite is as one that is not finite.
+            records, say); relative, in float32, zero or between 1e-20 and 1e20. All tasks count the
+            same unless given. A task whose weight is another is as one that is not finite.
             Where all weigh nothing the mean is zero, and an outer optimizer's momentum and decay
             still move.
 
@@ -133,7 +133,7 @@ def over_tasks(
             grads, info, weight = together(one_task, chunk)
             keep = jnp.ones_like(info.finite) if on_nonfinite == "propagate" else info.finite
             sums = jax.tree.map(lambda g: _sum_kept(g, keep), (grads, weight))
-            return jax.tree.map(jnp.add, total, sums), info
+            return jax.tree.map(lambda t, s: t + s.astype(t.dtype), total, sums), info
 
         def one_task(task):
             grads, info = refusals.checked_meta_gradient(meta_gradient(params, task))

@@ -201,11 +201,13 @@ def check_gradients(grads: Params, params: Params) -> None:
 
 
 def checked_weight(weight: Any) -> jax.Array:
-    """The weight of a task in float32, NaN for a negative one; refuses what is not a scalar."""
+    """The weight of a task in float32, NaN for what is none; refuses what is not a scalar."""
     if np.shape(weight) != ():
         raise ValueError(f"task_weight must return a scalar, got shape {np.shape(weight)}")
     weight = jnp.asarray(weight, jnp.float32)
-    return jnp.where(weight < 0, jnp.nan, weight)
+    # Beyond, the sum of many might overflow, or vanish, and with it the mean gradient.
+    is_weight = (weight == 0) | ((weight >= 1e-20) & (weight <= 1e20))
+    return jnp.where(is_weight, weight, jnp.nan)
 
 
 def check_over_tasks(info: TaskInfo) -> None:

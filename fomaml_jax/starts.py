@@ -76,7 +76,8 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
     its bias :math:`-\|c_k\|^2`: the logits are minus the squared distances, up to what all
     classes share. Both are constants here: no gradient flows through the means into what the
     features were computed from, where the authors' own code lets it flow. The bias of a class
-    without examples is so low that nothing is taken for it.
+    without examples is so low that nothing is taken for it. Of biases that float16 cannot hold the
+    same number is taken off each.
 
     Args:
         features: `[examples, features]`.
@@ -104,8 +105,11 @@ def prototype_head(features: jax.Array, labels: jax.Array, ways: int) -> tuple[A
     members = jax.nn.one_hot(labels, ways, dtype=features.dtype)
     sums, counts = members.T @ features, members.sum(0)
     prototypes = sums / jnp.maximum(counts, 1)[:, None]
-    least = float(jnp.finfo(dtype).min)
-    # Finite all of them, so that a loss is, and below every class that has examples.
-    of_means = jnp.maximum(-jnp.sum(prototypes**2, -1), least / 4)
-    kernel, bias = 2 * prototypes.T, jnp.where(counts > 0, of_means, least / 2)
+    squares = jnp.minimum(jnp.sum(prototypes**2, -1), float(jnp.finfo(features.dtype).max) / 4)
+    # Finite all of them, so that a loss is, and below every class that has examples. What the
+    # dtype cannot hold, as in float16, is taken off all classes alike: the logits only shift.
+    largest = float(jnp.finfo(dtype).max)
+    excess = jnp.maximum(squares.max() - largest / 2, 0)
+    of_means = jnp.minimum(excess - squares, largest / 2)
+    kernel, bias = 2 * prototypes.T, jnp.where(counts > 0, of_means, -0.75 * largest)
     return kernel.astype(dtype), bias.astype(dtype)

@@ -211,6 +211,10 @@ MUTATIONS = [
         "test_shifts.py",
     ),
     Mutation("experiment.py", "chosen.patience is None or", "True or", "test_cli_resume.py"),
+    Mutation("learner.py", "bool(parted) and not takes_both", "bool(parted)", "test_state.py"),
+    Mutation("parallel.py", "t + s.astype(t.dtype)", "t + s", "test_parallel.py"),
+    Mutation("refusals.py", "(weight <= 1e20)", "(weight <= 1e39)", "test_parallel.py"),
+    Mutation("starts.py", "excess - squares, ", "-squares, ", "test_starts.py"),
     Mutation("parallel.py", "not is_data or any", "any", "test_parallel.py"),
     Mutation("variants.py", '"_fomaml_jax_measured"', '"measured"', "test_parallel.py"),
     Mutation(

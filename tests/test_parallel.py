@@ -329,8 +329,22 @@ def test_weights_beyond_the_range_of_a_gradient_leave_it_finite():
     assert_close(grads, jnp.full(3, 5 / 3, jnp.float16), 1e-3)
 
 
+@plans
+@pytest.mark.usefixtures("float64")
+def test_gradients_of_more_bits_than_the_parameters_are_summed_so(tasks_at_once):
+    def algorithm(params, task):
+        loss = jnp.mean(task.query)
+        return task.query, fj.TaskInfo(loss, jnp.zeros(0), jnp.isfinite(loss), None)
+
+    centres = jnp.arange(10, dtype=jnp.float64).reshape(5, 2)
+    over_tasks = jax.jit(fj.over_tasks(algorithm, tasks_at_once=tasks_at_once))
+    grads, _ = over_tasks(jnp.zeros(2, jnp.float32), fj.Task(centres, centres))
+    assert grads.dtype == jnp.float32
+    assert_close(grads, centres.mean(0), 1e-6)
+
+
 @pytest.mark.makes_nans
-@pytest.mark.parametrize("wrong", [np.inf, np.nan, -1.0])
+@pytest.mark.parametrize("wrong", [np.inf, np.nan, -1.0, 3e38, 1e-30])
 def test_a_weight_that_is_no_weight_leaves_its_task_out(wrong):
     params, tasks = network_problem(2)
     tasks = tasks._replace(query=(tasks.query, jnp.array([[2.0], [wrong]])))

@@ -44,6 +44,18 @@ def test_nothing_is_taken_for_a_class_without_examples(dtype, size):
     assert jnp.isfinite(losses).all()
 
 
+@pytest.mark.parametrize("sizes", [(150.0, 200.0), (100.0, 255.0), (300.0, 310.0)])
+def test_classes_far_from_the_origin_are_told_apart_in_float16(sizes):
+    features = jnp.array(sizes, jnp.float16)[:, None] / 8
+    features = jnp.repeat(features, 64, axis=1)  # the means' norms are `sizes`
+    kernel, bias = fj.prototype_head(features, jnp.array([0, 1]), ways=3)
+    logits = (features / 8) @ kernel + bias[None] / 8  # an eighth: all of them in range
+    assert logits.argmax(1).tolist() == [0, 1]
+    between = logits[:, 1] - logits[:, 0]
+    half = (sizes[1] - sizes[0]) ** 2 / 8
+    np.testing.assert_allclose(between, [-half, half], atol=16)
+
+
 @pytest.mark.usefixtures("float64")
 def test_it_can_be_had_in_every_form_of_the_algorithm():
     params, tasks = network_problem(1)

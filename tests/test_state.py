@@ -221,6 +221,46 @@ def test_a_plain_outer_optimizer_of_a_state_is_warned_of(with_rates):
         fj.meta_learner(over_tasks, outer).init(shared)  # a warning would be an error
 
 
+ADAMW = optax.adamw(0.1, mask=lambda shared: jax.tree.map(lambda x: x.ndim > 1, shared))
+NETWORK = {"network": optax.adam(0.1), "rates": optax.sgd(0.1)}
+
+
+@pytest.mark.parametrize(
+    ("outer", "moves_it"),
+    [
+        (ADAMW, True),
+        (optax.partition(NETWORK, fj.WithRates("network", "rates")), True),
+        (optax.MultiSteps(ADAMW, 2), True),
+        (fj.with_state(ADAMW), False),
+        (optax.MultiSteps(fj.with_state(optax.adam(0.1)), 2), False),
+        (
+            optax.partition(
+                NETWORK | {"network": fj.with_state(optax.adam(0.1))},
+                fj.WithRates("network", "rates"),
+            ),
+            False,
+        ),
+        (
+            optax.partition(
+                NETWORK | {"state": optax.sgd(0.5)},
+                fj.WithRates(fj.WithState("network", "state"), "rates"),
+            ),
+            False,
+        ),
+    ],
+)
+def test_a_mask_that_does_not_keep_the_state_out_is_warned_of_too(outer, moves_it):
+    shared, _ = problem(num_tasks=1)
+    shared = fj.WithRates(shared, jnp.ones(()))
+    over_tasks = fj.over_tasks(fj.meta_sgd(counting, STEPS, has_state=True))
+    learner = fj.meta_learner(over_tasks, outer)
+    if not moves_it:
+        learner.init(shared)  # a warning would be an error
+        return
+    with pytest.warns(UserWarning, match=r"takes the state of a WithState for parameters: wrap it"):
+        learner.init(shared)
+
+
 def test_every_step_and_every_task_has_a_key_of_its_own():
     shared, tasks = problem(num_tasks=3)
 
