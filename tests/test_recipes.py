@@ -15,8 +15,8 @@ from fomaml_jax.datasets import Splits
 PAPER = {  # steps of adaptation, their rate, tasks a step: appendix A.1 of the MAML paper
     (5, 1): (1, 0.4, 32),
     (5, 5): (1, 0.4, 32),
-    (20, 1): (5, 0.1, 16),
-    (20, 5): (5, 0.1, 16),
+    (20, 1): (5, 0.4, 16),
+    (20, 5): (5, 0.4, 16),
 }
 
 
