@@ -68,6 +68,19 @@ def test_pens_of_any_width_come_nearer_to_that_of_the_training_pictures(width, t
     assert abs(after - asked) < max(0.6, abs(before - asked))
 
 
+def test_a_pen_that_fills_the_picture_is_as_wide_as_it():
+    """And not as all its pixels in a row: the filter that thins it would not end."""
+    full = np.full((50, 50), 255, np.uint8)
+    assert (_framing.redrawn(full, 28) == 255).all()
+
+
+def test_grain_that_is_gone_from_nearer_by_is_refused(tmp_path):
+    grain = 22 + np.random.default_rng(0).normal(0, 60, (400, 1500))
+    picture = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"drawing\.png shows no strokes, only grain: expected a"):
+        strokes(picture, tmp_path, background="light")
+
+
 def test_dust_is_no_part_of_a_drawing(drawing, tmp_path):
     dusty = on_a_larger_sheet(drawing, 100, 100, 300)
     dusty.putpixel((2, 297), 0)

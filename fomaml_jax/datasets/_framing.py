@@ -61,8 +61,8 @@ def _with_pen(strokes: Image.Image, pen: float) -> Image.Image:
 
 
 def _pen_of(strokes: Image.Image) -> float:
-    """The mean width of strokes, from their area and the length of their edges."""
+    """The mean width of strokes, from their area and the length of what edges they have."""
     on = np.asarray(strokes) > 127
     edges = (on[1:] != on[:-1]).sum() + (on[:, 1:] != on[:, :-1]).sum()
     # A line in a random direction crosses 4 / pi times as many sides of pixels as it is long.
-    return 2 * on.sum() / max(edges * np.pi / 4, 1)
+    return min(2 * on.sum() / max(edges * np.pi / 4, 1), len(on))

@@ -77,9 +77,18 @@ def read_strokes(file: Path, size: int, background: Background) -> tuple[np.ndar
             f"{file} shows no strokes{kind}: its grey levels go from {darkest:.0f} to "
             f"{lightest:.0f}, its border is at {ground:.0f}; expected a drawing on a plain ground"
         )
-    found = _part_with_drawing(grey, size, ground, is_light)
-    strokes = _strokes(_without_grain(found, size), ground, is_light)
+    try:
+        found = _part_with_drawing(grey, size, ground, is_light)
+        strokes = _strokes(_without_grain(found, size), ground, is_light)
+    except _GrainError:
+        raise ValueError(
+            f"{file} shows no strokes, only grain: expected a drawing on a plain ground"
+        ) from None
     return redrawn(strokes, size)[..., None], bool(is_light)
+
+
+class _GrainError(Exception):
+    """What looked like strokes is not there any more, once seen from nearer by."""
 
 
 def _part_with_drawing(grey: Image.Image, size: int, ground: float, is_light: bool) -> Image.Image:
@@ -103,6 +112,8 @@ def _without_grain(grey: Image.Image, size: int) -> np.ndarray:
 def _strokes(levels: np.ndarray, ground: float, is_light: bool) -> np.ndarray:
     """From 0, the ground, to 255, the strongest stroke, of a light or a dark ground."""
     strength = ground - levels if is_light else levels - ground
+    if strength.max() <= 0:
+        raise _GrainError
     return (strength.clip(0) * (255 / strength.max())).round().astype(np.uint8)
 
 
