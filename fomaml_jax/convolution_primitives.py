@@ -255,7 +255,14 @@ def _is_native(lhs: jax.Array, rhs: jax.Array, geometry: Geometry) -> bool:
         len(geometry.spatial) == 2
         and lhs.dtype == rhs.dtype == np.float32
         and geometry.blow_up > _MAX_BLOW_UP
+        and _is_padded_within_the_window(geometry)
     )
+
+
+def _is_padded_within_the_window(geometry: Geometry) -> bool:
+    """Else it, or a derivative, pads one side and cuts another: XLA:CPU then reads stray memory."""
+    reach = np.multiply(np.subtract(geometry.window, 1), geometry.dilation)[:, None]
+    return bool(np.all((np.array(geometry.padding) >= 0) & (np.array(geometry.padding) <= reach)))
 
 
 def _native(images, kernel, strides, padding, geometry):

@@ -70,6 +70,9 @@ def evaluate(
         ValueError: for fewer than 2 tasks, `tasks_at_once` below 1, or a metric that is not made of
             real scalars.
 
+    Warns:
+        UserWarning: for keys of `rbg`, as in `fj.tasks.task_keys`.
+
     Example:
         >>> import jax, jax.numpy as jnp, optax, fomaml_jax as fj
         >>> sample_task = fj.tasks.sinusoid(shots=5, queries=10)
@@ -83,6 +86,7 @@ def evaluate(
     refusals.check_at_least("num_tasks", num_tasks, 2)
     refusals.check_function("sample_task", sample_task, "key -> Task")
     refusals.check_key(key)
+    refusals.warn_of_rbg(key)
 
     def task_of(key: jax.Array, index: jax.Array) -> Task:
         task = sample_task(jax.random.fold_in(key, index))

@@ -85,6 +85,7 @@ def learned_rates(
     def form(loss_fn: LossFn, unroll: int | bool) -> MetaGradient:
         def meta_gradient(shared: WithRates, task: Task) -> tuple[WithRates, TaskInfo]:
             refusals.check_shared(shared, WithRates)
+            refusals.check_rates(shared.rates)
             shared = varying(shared, task)
             params, of_task = opened(shared.params, task, has_state)
 

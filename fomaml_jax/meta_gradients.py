@@ -162,8 +162,7 @@ def query_gradients(
         return (total, (more[0], state, aux), inner), info
 
     # The last ones are carried: stacked, they would take memory for every step.
-    shapes = jax.eval_shape(judge, start)
-    (value, grads), state, aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (value, grads), state, aux = _zeros_of(judge, start)
     carry = (value, grads), (value, state, aux), start
     ((value, grads), last, _), seen = repeat(judged_step, carry, num_steps, unroll)
     last_value, state, aux = last
@@ -258,7 +257,7 @@ def maml(
                 trainable=trainable,
                 **of_task,
             )
-            step = jax.checkpoint(step) if remat else step
+            saved = jax.checkpoint if remat else lambda step: step
 
             def judge(inner):
                 state_and_key = context(inner, of_task.get("key"), query=True)
@@ -266,17 +265,22 @@ def maml(
                 return value, (kept(inner, state, query=True), aux)
 
             if weights is None:
-                end, seen = repeat(step, start, num_steps, unroll)
+                end, seen = repeat(saved(step), start, num_steps, unroll)
                 value, (state, aux) = judge(end)
                 return value, (value, seen, state, aux)
 
-            def judged_step(inner):
+            def judged_step(carry):
+                inner, _ = carry
                 inner, info = step(inner)
-                return inner, (info, judge(inner))
+                value, last = judge(inner)
+                return (inner, last), (info, value)
 
-            _, (seen, (values, (states, auxes))) = repeat(judged_step, start, num_steps, unroll)
+            # The last ones are carried: stacked, they would take memory for every step.
+            _, last = _zeros_of(judge, start)
+            judged = repeat(saved(judged_step), (start, last), num_steps, unroll)
+            (_, (state, aux)), (seen, values) = judged
             total = (weights.astype(values.dtype) * values).sum()
-            return total, (values[-1], seen, _last(states), _last(auxes))
+            return total, (values[-1], seen, state, aux)
 
         def meta_gradient(shared: Any, task: Any) -> tuple[Any, TaskInfo]:
             refusals.check_task(task)
@@ -438,8 +442,10 @@ def checked_weights(step_weights: Any, num_steps: int | jax.Array) -> jax.Array 
     return None if step_weights is None else refusals.check_step_weights(step_weights, num_steps)
 
 
-def _last(stacked: Any) -> Any:
-    return jax.tree.map(lambda x: x[-1], stacked)
+def _zeros_of(fn: Callable[[Any], Any], argument: Any) -> Any:
+    """Like what a function returns, without computing it."""
+    shapes = jax.eval_shape(fn, argument)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _task_info(value: jax.Array, inner: AdaptInfo, grads: Params, aux: Any) -> TaskInfo:

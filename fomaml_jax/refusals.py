@@ -1,6 +1,7 @@
-"""Bad input is refused here, at the border, by an error that names the argument and the remedy."""
+"""Bad input is refused, or warned of, here at the border, by its name and with the remedy."""
 
 import operator
+import warnings
 from typing import Any
 
 import jax
@@ -247,6 +248,18 @@ def check_key(key: Any) -> None:
         raise TypeError(f"key must be one PRNG key, such as jax.random.key(0), got {describe(key)}")
 
 
+def warn_of_rbg(key: jax.Array) -> None:
+    """Of keys whose numbers differ where tasks are sampled together."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if "rbg" in str(jax.random.key_impl(key)) if typed else key.shape[-1] == 4:
+        warnings.warn(
+            "JAX draws other numbers from keys of rbg under vmap: which tasks these are depends on "
+            "how many are sampled together, and on how many devices; for tasks that do not, make "
+            'the key with jax.random.key(seed, impl="threefry2x32")',
+            stacklevel=3,
+        )
+
+
 def check_arrays(name: str, tree: Any) -> None:
     """Refuses a tree that holds anything but arrays, or nothing."""
     leaves = jax.tree.leaves_with_path(tree)
@@ -277,6 +290,16 @@ def check_shared(shared: Any, needed: Any) -> None:
             f"the shared parameters must be a fomaml_jax.{needed.__name__}"
             f"({', '.join(needed._fields)}), got a {type(shared).__name__}"
         )
+
+
+def check_rates(rates: Any) -> None:
+    """Refuses rates that cannot be learned."""
+    for path, leaf in jax.tree.leaves_with_path(rates):
+        if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"rates{jax.tree_util.keystr(path)} has dtype {dtype}, not a real floating-point "
+                "one; a rate of one is 1.0"
+            )
 
 
 def check_per_step(support: Batch, num_steps: int | jax.Array) -> None:

@@ -58,6 +58,10 @@ def task_keys(key: jax.Array, step: int | jax.Array, num_tasks: int) -> jax.Arra
     Raises:
         ValueError: for fewer than one.
 
+    Warns:
+        UserWarning: for keys of `rbg`, from which JAX draws other numbers under `vmap`, so that
+            what is sampled depends on how many tasks are sampled together.
+
     Example:
         >>> import jax, fomaml_jax as fj
         >>> sample_task = fj.tasks.sinusoid(shots=5, queries=10)
@@ -66,6 +70,7 @@ def task_keys(key: jax.Array, step: int | jax.Array, num_tasks: int) -> jax.Arra
         (25, 5, 1)
     """
     refusals.check_at_least("num_tasks", num_tasks, 1)
+    refusals.warn_of_rbg(key)
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_tasks))
 

@@ -142,7 +142,11 @@ def _forms(
     forms = variants_of(meta_gradient)
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     first = next(iter(forms.values()))
-    if native_convolutions(jax.make_jaxpr(first)(params, one_task)):
+    try:
+        may_convolve = native_convolutions(jax.make_jaxpr(first)(params, one_task)) > 0
+    except NameError:  # of an axis that is not bound outside of the mesh's `shard_map`
+        may_convolve = True
+    if may_convolve:
         # The products first: they set the time that native ones must not be hopeless against.
         return dict(sorted(forms.items(), key=lambda item: "matmul" not in item[0]))
     return {name: form for name, form in forms.items() if "matmul" not in name}

@@ -275,15 +275,35 @@ def test_works_under_every_transformation_and_compiles_once(case):
         assert_close(one(by_scan, i), expected[i], 1e-5)
 
 
-def test_rematerialised_steps_keep_nothing_of_what_they_compute():
+def temporary_bytes(meta_gradient, *args):
+    compiled = jax.jit(meta_gradient).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("weights", [None, jnp.full(20, 0.05)])
+def test_rematerialised_steps_keep_nothing_of_what_they_compute(weights):
     params, tasks = network_problem(1, examples=256, width=64, dtype=jnp.float32)
 
-    def temporary_bytes(remat):
-        meta_gradient = fj.maml(network, optax.sgd(0.01), 20, remat=remat)
-        compiled = jax.jit(meta_gradient).lower(params, one(tasks)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+    def needed(remat):
+        made = fj.maml(network, optax.sgd(0.01), 20, remat=remat, step_weights=weights)
+        return temporary_bytes(made, params, one(tasks))
 
-    assert 3 * temporary_bytes(True) < temporary_bytes(False)
+    assert (3 if weights is None else 6) * needed(True) < needed(False)
+
+
+def test_what_is_seen_beside_the_losses_of_a_multi_step_loss_is_kept_of_the_last_step_alone():
+    params, tasks = network_problem(1, dtype=jnp.float32)
+
+    def loss(params, batch):
+        value = network(params, batch)
+        return value, {"wide": jnp.full(100_000, value), "examples": len(batch[0])}
+
+    def needed(num_steps):
+        weights = jnp.full(num_steps, 1 / num_steps)
+        made = fj.maml(loss, optax.sgd(0.01), num_steps, has_aux=True, step_weights=weights)
+        return temporary_bytes(made, params, one(tasks))
+
+    assert needed(40) < needed(2) + 2_000_000  # stacked, they would be 16,000,000
 
 
 @pytest.mark.usefixtures("float64")

@@ -13,7 +13,7 @@ from jax import lax
 from fomaml_jax.convolution_primitives import _MAX_BLOW_UP, Geometry, convolve
 
 STRIDES = [(1, 1), (2, 1), (1, 2), (2, 2)]
-PADDINGS = [((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (-1, 3))]
+PADDINGS = [((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (-1, 3)), ((2, 0), (1, 2))]
 # Few and many channels, odd and even widths, less than a tile of examples and more than two.
 IMAGES = [(2, 6, 9, 3), (11, 7, 8, 9)]
 
@@ -69,6 +69,22 @@ def test_every_form_agrees_with_the_native_convolution(shape, out_channels, dila
         )
         assert_close(ours(images, kernel), theirs(images, kernel), 1e-5)
         assert geometry.positions == theirs(images, kernel)[0].shape[1:-1]
+
+
+@pytest.mark.parametrize("padding", [((4, 1), (4, 1)), ((-1, 1), (0, 0)), ((0, 0), (1, -1))])
+def test_padding_beyond_the_window_or_of_both_signs(padding):
+    """Where XLA:CPU's own convolution, or its derivative, is wrong."""
+    images, kernel, geometry = problem((4, 7, 7, 9), 4, padding=padding)
+
+    def padded_apart(images, kernel):
+        pads = [(0, 0, 0), *((*pad, 0) for pad in padding), (0, 0, 0)]
+        images = lax.pad(images, np.float32(0), pads)
+        unpadded = geometry._replace(spatial=images.shape[1:-1], padding=((0, 0), (0, 0)))
+        return native(images, kernel, unpadded)
+
+    fns = functools.partial(convolve, geometry=geometry), padded_apart
+    ours, theirs = (jax.jit(functools.partial(value_and_transposes, fn)) for fn in fns)
+    assert_close(ours(images, kernel), theirs(images, kernel), 1e-5)
 
 
 @pytest.mark.parametrize(

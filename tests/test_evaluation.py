@@ -17,6 +17,20 @@ def normal_task(key):
     return fj.Task(number, number)
 
 
+@pytest.mark.parametrize(("impl", "told"), [("rbg", True), ("threefry2x32", False)])
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_keys_whose_tasks_depend_on_how_many_run_together_are_warned_of(impl, told, make_key):
+    key = make_key(0, impl=impl)
+    calls = (
+        lambda: fj.tasks.task_keys(key, 0, 2),
+        lambda: fj.evaluate(lambda p, s: p, lambda p, q: p, 1.0, normal_task, key, num_tasks=2),
+    )
+    for call in calls:
+        warned = pytest.warns(UserWarning, match=r"keys of rbg under vmap: which tasks these are")
+        with jax.default_prng_impl(impl), warned if told else contextlib.nullcontext():
+            call()
+
+
 def evaluate(key=0, **kwargs):
     return fj.evaluate(
         lambda params, support: support[0] + params,

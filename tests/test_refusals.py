@@ -97,6 +97,11 @@ REFUSED = {
         ValueError,
         "must return floating-point gradients",
     ),
+    "an integer rate to be learned": (
+        lambda: fj.meta_sgd(network, 1)(fj.WithRates(PARAMS, {"all": 1}), TASK),
+        TypeError,
+        r"rates\['all'\] has dtype int32, not a real floating-point one; a rate of one is 1.0",
+    ),
     "a weight for every example": (
         lambda: over_tasks(TASKS, task_weight=lambda task: task.support[1][:, 0]),
         ValueError,

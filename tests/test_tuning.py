@@ -139,6 +139,19 @@ def test_sharded_tasks_are_those_of_one_device():
     assert {trial.tasks_at_once for trial in plan.trials} == {1, 2, 4}
 
 
+def test_a_meta_gradient_that_asks_where_it_is_on_the_mesh():
+    """Whether it holds convolutions is not to be seen outside: all forms are tried."""
+    params, tasks = vector_tasks(2)
+    mesh = jax.make_mesh((2,), ("tasks",), axis_types=(AxisType.Auto,))
+    make = functools.partial(fj.fomaml, optimizer=optax.sgd(0.1), num_steps=1)
+
+    def placed(params, batch):
+        return quadratic(params, batch) + jax.lax.axis_index("tasks").astype(jnp.float32)
+
+    plan = fj.tune(make(placed), params, tasks, mesh=mesh)
+    assert any("matmul" in trial.variant for trial in plan.trials)
+
+
 def test_refuses_what_cannot_run():
     params, tasks = vector_tasks(3)
     mesh = jax.make_mesh((2,), ("tasks",), axis_types=(AxisType.Auto,))
