@@ -59,16 +59,17 @@ class StoppedError(Exception):
 
     Attributes:
         why: "interrupted" or "terminated".
-        step: outer steps that were taken and saved.
+        step: outer steps that were taken.
+        saved: those of them that were saved: all, unless tasks were left out in the last ones.
     """
 
-    def __init__(self, why: str, step: int) -> None:
+    def __init__(self, why: str, step: int, saved: int) -> None:
         super().__init__(f"{why} after step {step}")
-        self.why, self.step = why, step
+        self.why, self.step, self.saved = why, step, saved
 
     def __reduce__(self):
         """As a process pool needs it."""
-        return type(self), (self.why, self.step)
+        return type(self), (self.why, self.step, self.saved)
 
 
 def train(
@@ -92,7 +93,7 @@ def train(
         What `result.json` holds.
 
     Raises:
-        StoppedError: when interrupted or terminated while training; all steps are saved.
+        StoppedError: when interrupted or terminated while training.
         DivergedError: where too many tasks are left out for too long; the parameters before that
             are saved.
         ValueError: for a run that cannot be resumed.
@@ -130,7 +131,9 @@ def _train(
     # Of a resumed run only now: had it been refused, this would not be its configuration.
     runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
     if trained.stopped in ("interrupted", "terminated"):
-        raise StoppedError(trained.stopped, int(trained.state.step))
+        kept = (folder / runs.CHECKPOINTS).glob("[0-9]*")
+        saved = max((int(path.name) for path in kept), default=0)
+        raise StoppedError(trained.stopped, int(trained.state.step), saved)
     judged = evaluate(chosen, problem, params)
     taken = dataclasses.replace(chosen, steps=max(1, int(trained.state.step)))
     with runs.replacing(folder / runs.PER_TASK) as temporary:

@@ -361,7 +361,9 @@ def warn_if_begun(folder: Path) -> None:
     state = f"of step {saved[-1]} or later" if saved else "untrained, or of the first steps"
     if saved and read_config(folder).get("patience"):
         state = f"the best by validation until step {saved[-1]} or later"
-    why = "diverged" if (folder / DIVERGED).exists() else "not come to its end"
+    why = "not come to its end"
+    if (folder / DIVERGED).exists():
+        why, state = "diverged", "those before that"
     warnings.warn(f"the run in {folder} has {why}: its parameters are {state}", stacklevel=3)
 
 

@@ -7,10 +7,13 @@ from collections.abc import Iterable
 def plain(text: str) -> str:
     r"""A text for matplotlib: dollars are no mathematics, and what is no letter can be seen.
 
+    Of what begins with an underscore it would leave out the label.
+
     Example:
-        >>> print(plain("cost in $"), plain("caf\udce9"))
-        cost in \$ caf\udce9
+        >>> print(plain("cost in $"), plain("caf\udce9"), plain("_run"))
+        cost in \$ caf\udce9  _run
     """
+    text = f" {text}" if text.startswith("_") else text
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 

@@ -193,9 +193,23 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, sinusoid):
         assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+WILD = ["--inner-rate", "1e30", "--inner-clip", "1e30", "--steps", "100"]
+
+
+def test_what_is_said_to_be_saved_of_a_run_that_goes_wrong_is_what_is(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        asked_to_stop(patch, signal.SIGTERM)
+        run = call("train", "sinusoid", *TINY, *WILD, "--out", tmp_path)
+    assert run.code == 0
+    assert run.err.splitlines()[-1].startswith(
+        "fomaml-jax: terminated after step 2; most tasks of the last ones were left out, 0 are "
+        f"saved in {tmp_path}, go on with: "
+    )
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_divergence_stops_with_advice(tmp_path):
-    wild = ["--inner-rate", "1e30", "--inner-clip", "1e30", "--steps", "100"]
-    run = call("train", "sinusoid", *TINY, *wild, "--out", tmp_path)
+    run = call("train", "sinusoid", *TINY, *WILD, "--out", tmp_path)
     assert (run.code, run.out) == (3, "")
     last = run.err.splitlines()[-1]
     assert last.startswith("fomaml-jax: training has diverged: in each of the 10 steps up to step")

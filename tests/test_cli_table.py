@@ -12,6 +12,7 @@ from command_line import TINY, call, everything, rows_of, trained
 from PIL import Image
 
 from fomaml_jax import experiment, options, problems
+from fomaml_jax.commands.words import saying_what_moved
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -91,6 +92,12 @@ def test_groups_are_drawn(harvests):
     for name in ("adaptation.png", "learning_curve.png"):
         with Image.open(harvests.folder / name) as image:
             assert np.asarray(image.convert("L")).std() > 1
+
+
+def test_an_emptied_class_folder_has_not_moved(tmp_path):
+    chosen = options.Folder(path=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^ring is empty$"), saying_what_moved(chosen):
+        raise FileNotFoundError("ring is empty")
 
 
 def test_a_file_that_was_moved_is_asked_for_and_found(harvests, tmp_path):

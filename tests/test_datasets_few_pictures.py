@@ -112,6 +112,19 @@ def test_the_ground_may_be_told(drawing, tmp_path):
         few_pictures(tmp_path, background="dark")
 
 
+def test_a_class_has_one_name_however_its_accents_are_stored(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for folder, stored in (("one", composed), ("other", apart), ("both", composed)):
+        draw_folder(tmp_path / folder, ["ring"], 1)
+        (tmp_path / folder / "ring").rename(tmp_path / folder / stored)
+    assert few_pictures(tmp_path / "one").names == few_pictures(tmp_path / "other").names
+    (tmp_path / "other" / apart).rename(tmp_path / "both" / apart)
+    with pytest.raises(
+        ValueError, match="holds the class caf\u00e9 twice, its accents stored diff"
+    ):
+        few_pictures(tmp_path / "both")
+
+
 def test_how_many_were_inverted(tmp_path):
     draw_folder(tmp_path, ["ring"], 2)
     draw_folder(tmp_path / "more", ["dash"], 3, ground=0, pen=255)

@@ -57,6 +57,16 @@ def predicted(run, tmp_path, rows, **kwargs):
     return done, read(out) if done.code == 0 else []
 
 
+@pytest.mark.parametrize("interval", [0.1, None])
+def test_a_result_that_is_not_finite_is_not_told_about(run, tmp_path, interval):
+    changed = shutil.copytree(run.folder, tmp_path / "run")
+    (changed / "result.json").write_text(json.dumps(run.result | {"ci95": interval}))
+    file = write(tmp_path / "new.csv", [*harvest_rows(1), ["plot 0", "2020", "0.1", "", ""]])
+    done = call("predict", changed, "--file", file, "--out", tmp_path / "out.csv")
+    assert done.code == 0, done.err
+    assert ("In training's own table" in done.out) == (interval is not None)
+
+
 def test_a_run_without_a_file_is_told_of_both_ways(run):
     done = call("predict", run.folder, "--query", "pictures")
     assert done.code == 2

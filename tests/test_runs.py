@@ -321,6 +321,9 @@ def test_what_is_said_of_a_run_that_goes_on(tmp_path):
     runs.write_json(tmp_path / runs.CONFIG, options.to_json(options.Sinusoid()))
     with pytest.warns(UserWarning, match="its parameters are of step 20 or later$"):
         runs.warn_if_begun(tmp_path)
+    (tmp_path / runs.DIVERGED).write_text("{}")
+    with pytest.warns(UserWarning, match="has diverged: its parameters are those before that$"):
+        runs.warn_if_begun(tmp_path)
 
 
 def test_replacing_waits_until_the_new_file_is_on_the_disk(tmp_path, monkeypatch):

@@ -429,8 +429,8 @@ def test_a_divergence_comes_back_from_another_process():
     error = pickle.loads(pickle.dumps(training.DivergedError("too far", trained)))
     assert str(error) == "too far"
     assert_close(error.trained.state, trained.state, 0)
-    stopped = pickle.loads(pickle.dumps(experiment.StoppedError("interrupted", 3)))
-    assert (stopped.why, stopped.step) == ("interrupted", 3)
+    stopped = pickle.loads(pickle.dumps(experiment.StoppedError("interrupted", 3, 2)))
+    assert (stopped.why, stopped.step, stopped.saved) == ("interrupted", 3, 2)
 
 
 def test_no_more_copies_of_the_state_are_kept_than_are_said():

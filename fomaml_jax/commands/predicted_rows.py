@@ -155,7 +155,7 @@ def _told(regressor: Regressor, found: FewRows, result: dict | None) -> str:
         said.append(
             f"Training gave {counted(chosen.shots, 'row')} of a group; fewer mean larger errors"
         )
-    if result is not None:
+    if result is not None and None not in (result["mean"], result["ci95"]):
         said.append(
             f"In training's own table, the {result['metric']} was {result['mean']:.3g} ± "
             f"{result['ci95']:.2g} over {result['num_tasks']} unseen groups"

@@ -90,7 +90,10 @@ def _run(chosen: options.Options, problem: problems.Problem, folder: Path, *, re
             result = experiment.train(chosen, problem, folder, say=say, resume=resume)
     except experiment.StoppedError as stopped:
         code = INTERRUPTED if stopped.why == "interrupted" else 0
-        message = f"{stopped}; all steps are saved in {folder}, go on with: {resume_with}"
+        which = "all steps are saved"
+        if stopped.saved < stopped.step:
+            which = f"most tasks of the last ones were left out, {stopped.saved} are saved"
+        message = f"{stopped}; {which} in {folder}, go on with: {resume_with}"
         stop(message, code, in_step=True)
     except DivergedError as error:
         saved = f"{folder} holds the parameters before that"

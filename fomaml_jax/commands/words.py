@@ -89,6 +89,8 @@ def saying_what_moved(chosen: options.Options) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         option = "--file" if isinstance(chosen, options.Table) else "--path"
+        if isinstance(chosen, options.Folder) and chosen.path.is_dir():  # not moved, but incomplete
+            raise
         raise FileNotFoundError(f"{error}; where it has moved, pass {option}") from None
 
 

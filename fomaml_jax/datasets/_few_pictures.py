@@ -1,6 +1,7 @@
 """A folder of a few pictures, as a trained network was shown its own."""
 
 import os
+import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ class Pictures(NamedTuple):
         images: `[n, size, size, channels]` uint8.
         files: where each comes from.
         labels: `[n]` int32, the class of each, or None of a flat folder.
-        names: of the classes, sorted.
+        names: of the classes, sorted; accents in composed form (Unicode's NFC), however stored.
         inverted: how many had dark strokes on a light ground.
         skipped: how many files were left out, as no pictures.
     """
@@ -162,4 +163,13 @@ def _classes_in(folder: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(f"{folder} holds no pictures, expected {_EXPECTED}")
     if not any(entry.is_dir() for entry in there):
         return {"": there}
-    return {name: list(examples) for name, examples in list_classes(folder, _EXPECTED).items()}
+    classes: dict[str, list[Path]] = {}
+    for stored, examples in list_classes(folder, _EXPECTED).items():
+        name = unicodedata.normalize("NFC", stored)  # as another folder may store it
+        if name in classes:
+            raise ValueError(
+                f"{folder} holds the class {name} twice, its accents stored differently; put its "
+                "pictures together"
+            )
+        classes[name] = list(examples)
+    return classes
