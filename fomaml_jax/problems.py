@@ -101,8 +101,12 @@ class Problem:
         return next(iter(self.columns.values()), (0.0, 1.0))
 
 
-def build(chosen: options.Options) -> Problem:
+def build(chosen: options.Options, *, trains: bool = True) -> Problem:
     """The problem that the options describe; reads the data.
+
+    Args:
+        chosen: the options.
+        trains: whether pictures have to be enough to train on, and not only to test.
 
     Raises:
         ValueError, OSError, ImportError: for data that are missing, damaged or too few, in one
@@ -115,7 +119,7 @@ def build(chosen: options.Options) -> Problem:
         problem = _of_groups(chosen, _read(chosen))
     else:
         assert isinstance(chosen, options.ImageOptions)
-        problem = _classification(chosen, _load(chosen))
+        problem = _classification(chosen, _load(chosen), trains=trains)
     if chosen.apply_if_finite is None:
         return problem
     outer, most = problem.outer, chosen.apply_if_finite
@@ -243,7 +247,7 @@ def _read(chosen: options.Table) -> Table:
     )
 
 
-def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
+def _classification(chosen: options.ImageOptions, splits: Splits, *, trains: bool) -> Problem:
     omniglot = isinstance(chosen, options.Omniglot)
     drawn = isinstance(chosen, options.Omniglot) and chosen.turns == "drawn"
     splits = splits._replace(
@@ -262,17 +266,16 @@ def _classification(chosen: options.ImageOptions, splits: Splits) -> Problem:
         x, y = batch
         return accuracy(predict(params, x), y)
 
-    def unseen(name: str) -> TaskDistribution:
-        return _episodes(
-            chosen, name, splits, ways=chosen.ways, shots=chosen.shots, rotations=omniglot
-        )
+    def of(name: str, **how: Any) -> TaskDistribution:
+        make = functools.partial(_episodes, chosen, name, splits, **how)
+        return make() if trains or name == "test" else lambda key: make()(key)
+
+    unseen = functools.partial(of, ways=chosen.ways, shots=chosen.shots, rotations=omniglot)
 
     normalised = beside_support if chosen.statistics == ONE_AT_A_TIME else lambda tasks: tasks
     _check_ways(chosen, "test", splits, chosen.ways)
-    training = _episodes(
-        chosen,
+    training = of(
         "train",
-        splits,
         ways=train_ways,
         shots=chosen.train_shots,
         rotations=drawn,

@@ -31,11 +31,22 @@ def noise(classes, examples=5, seed=0):
 SPLITS = Splits(noise(6, seed=0), noise(5, seed=1), noise(7, seed=2))
 
 
-def build(chosen=CHOSEN, splits=SPLITS):
+def build(chosen=CHOSEN, splits=SPLITS, **how):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("glyphs", "omniglot", "image_folder"):
             patch.setattr(datasets, name, lambda *args, **kwargs: splits)
-        return problems.build(chosen)
+        return problems.build(chosen, **how)
+
+
+def test_only_those_who_train_need_enough_pictures_to_train_on():
+    chosen = dataclasses.replace(CHOSEN, shots=4)
+    splits = SPLITS._replace(test=noise(7, examples=6, seed=2))
+    with pytest.raises(ValueError, match=r"^validation split: .* has 5 pictures, but shots=4 plus"):
+        build(chosen, splits)
+    judged = build(chosen, splits, trains=False)
+    assert sample(judged.test).support[0].shape[0] == WAYS * 4
+    with pytest.raises(ValueError, match=r"^test split: .* has 5 pictures, but shots=4 plus"):
+        build(chosen, trains=False)
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def _trained(run: Path, asked: Evaluate) -> tuple[options.Options, problems.Prob
         changes["offline"] = True
     with plain_warnings():
         with saying_what_moved(chosen):
-            problem = problems.build(dataclasses.replace(chosen, **changes))
+            problem = problems.build(dataclasses.replace(chosen, **changes), trains=False)
         if problem.splits is not None:
             runs.check_data(run, experiment.described(problem))
         runs.warn_if_begun(run)
