@@ -250,8 +250,11 @@ def check_key(key: Any) -> None:
 
 def warn_of_rbg(key: jax.Array) -> None:
     """Of keys whose numbers differ where tasks are sampled together."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if "rbg" in str(jax.random.key_impl(key)) if typed else key.shape[-1] == 4:
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        is_rbg = "rbg" in str(jax.random.key_impl(key))
+    else:  # as of jax.random.PRNGKey
+        is_rbg = np.shape(key)[-1:] == (4,)
+    if is_rbg:
         warnings.warn(
             "JAX draws other numbers from keys of rbg under vmap: which tasks these are depends on "
             "how many are sampled together, and on how many devices; for tasks that do not, make "
