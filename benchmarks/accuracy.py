@@ -11,7 +11,7 @@ training, with its compilation and validations, seeds 0 to 2 on one core each be
 third table is of the paper's recipe after a tenth of its steps (`--recipe paper --steps 6000`), on
 two cores beside other work: its outer rate is constant, so that a whole run passes the same point.
 The second is of half of its steps (`--steps 30000`) when it had an inner rate of 0.1 for twenty
-ways, in place of 0.4; a tenth of them came to 79.0 ± 0.2 then.
+ways, in place of 0.4.
 A fourth is of one more seed of the best, 3, on two cores with nothing else to do, for its minutes.
 Columns of tasks are of all seeds together: a seed was judged on 2,500 to 3,750 (the paper's on
 10,000).

@@ -153,9 +153,8 @@ def _score(state: CusumState, log_loss: jax.Array) -> jax.Array:
     variance = jnp.where(known, state.variance, 1)  # no root of zero, whose slope is infinite
     spread = jnp.sqrt(variance * (n + 1) / freedom)  # the variance has n below, not n - 1
     t = (log_loss - state.mean) / spread
-    u = jnp.minimum(
-        t**2 / freedom, jnp.finfo(t.dtype).max
-    )  # else infinite where losses stood still
+    # Finite where losses stood still too: after an infinite score it would see nothing any more.
+    u = jnp.minimum(t**2 / freedom, jnp.finfo(t.dtype).max)
     shrunk = jnp.sqrt(jnp.where(u > 0, jnp.log1p(u) / jnp.where(u > 0, u, 1), 1))
     score = t * (8 * freedom + 1) / (8 * freedom + 3) * shrunk
     return jnp.where(known, score, 0)

@@ -83,6 +83,11 @@ def forget_after(folder: Path, step: int) -> None:
             _remove(path)
 
 
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint, read or not; None where there is none."""
+    return max((int(path.name) for path in _steps(folder)), default=None)
+
+
 def newest(
     folder: Path, like: Any, check: Callable[[dict[str, Any]], None] = lambda notes: None
 ) -> tuple[Checkpoint | None, list[str]]:

@@ -126,6 +126,19 @@ def native_convolutions(jaxpr: ClosedJaxpr | core.Jaxpr) -> int:
     return _count(_is_plain_convolution, jaxpr)
 
 
+def native_convolutions_in(fn: Callable[..., Any], *args: Any) -> int | None:
+    """As `native_convolutions` of a call; None where that asks for its place on a mesh around it.
+
+    Args:
+        fn: the function to be called.
+        *args: its arguments, or `jax.ShapeDtypeStruct`s like them.
+    """
+    try:
+        return native_convolutions(jax.make_jaxpr(fn)(*args))
+    except NameError:  # of an axis that is bound inside of the mesh's `shard_map` alone
+        return None
+
+
 def _count(predicate: Callable[[core.JaxprEqn], bool], jaxpr: ClosedJaxpr | core.Jaxpr) -> int:
     return sum(
         predicate(equation) + sum(_count(predicate, inner) for inner in _inner_jaxprs(equation))

@@ -13,6 +13,7 @@ import optax
 
 from fomaml_jax import (
     baselines,
+    checkpoints,
     option_checks,
     options,
     pictures,
@@ -131,8 +132,7 @@ def _train(
     # Of a resumed run only now: had it been refused, this would not be its configuration.
     runs.write_json(folder / runs.CONFIG, options.to_json(chosen))
     if trained.stopped in ("interrupted", "terminated"):
-        kept = (folder / runs.CHECKPOINTS).glob("[0-9]*")
-        saved = max((int(path.name) for path in kept), default=0)
+        saved = checkpoints.newest_step(folder / runs.CHECKPOINTS) or 0
         raise StoppedError(trained.stopped, int(trained.state.step), saved)
     judged = evaluate(chosen, problem, params)
     taken = dataclasses.replace(chosen, steps=max(1, int(trained.state.step)))
@@ -302,7 +302,8 @@ def _has_kept_data(folder: Path) -> bool:
 
     Without one training begins at the start, on whatever the data are now.
     """
-    return (folder / runs.DATA).exists() and any((folder / runs.CHECKPOINTS).glob("[0-9]*"))
+    saved = checkpoints.newest_step(folder / runs.CHECKPOINTS)
+    return (folder / runs.DATA).exists() and saved is not None
 
 
 def _tested_on(problem: Problem) -> str | None:

@@ -231,7 +231,8 @@ def of_its_own(opt_state: optax.OptState) -> optax.OptState:
 def _tells_apart(opt_state: optax.OptState) -> bool:
     """Whether it is of `with_state`, or of parts of one's own among which no part takes both."""
     parted = _inside([opt_state], optax.PartitionState | optax.MaskedState)
-    if any(getattr(node, "inner_states", {}).keys() == {"params", "state"} for node in parted):
+    labels = set(WithState._fields)  # those of `with_state`
+    if any(getattr(node, "inner_states", {}).keys() == labels for node in parted):
         return True
     # Momentum, say, for both: what is left out of a part has no leaves there.
     takes_both = any(
@@ -281,7 +282,7 @@ def with_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     def labels(shared: Any) -> Any:
         with_rates = isinstance(shared, WithRates)
         refusals.check_shared(shared.params if with_rates else shared, WithState)
-        of_both = WithState("params", "state")
+        of_both = WithState(*WithState._fields)
         return WithRates(of_both, "params") if with_rates else of_both
 
     return optax.partition({"params": optimizer, "state": optax.sgd(1.0)}, labels)

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fomaml_jax import refusals
-from fomaml_jax.convolutions import native_convolutions
+from fomaml_jax.convolutions import native_convolutions_in
 from fomaml_jax.dtypes import accumulator
 from fomaml_jax.manual_axes import varying
 from fomaml_jax.meta_gradients import finite_with
@@ -261,11 +261,7 @@ def _warn_of_native_convolutions(meta_gradient: MetaGradient, params: Params, ta
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     if not _may_hold_convolutions(params, one_task):
         return
-    try:
-        traced = jax.make_jaxpr(meta_gradient)(params, one_task)
-    except NameError:  # of an axis that is not bound outside of the mesh's `shard_map`
-        return
-    if native_convolutions(traced):
+    if native_convolutions_in(meta_gradient, params, one_task):
         warnings.warn(
             "this loss holds native convolutions, which are several times slower on CPU when "
             "batched over tasks or run in a loop: wrap it, matmul_convolutions(loss_fn)",

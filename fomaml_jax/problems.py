@@ -268,6 +268,7 @@ def _classification(chosen: options.ImageOptions, splits: Splits, *, trains: boo
 
     def of(name: str, **how: Any) -> TaskDistribution:
         make = functools.partial(_episodes, chosen, name, splits, **how)
+        # Too few pictures are refused here, or, where nobody trains, of those who draw from them.
         return make() if trains or name == "test" else lambda key: make()(key)
 
     unseen = functools.partial(of, ways=chosen.ways, shots=chosen.shots, rotations=omniglot)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fomaml_jax import host_memory, refusals
-from fomaml_jax.convolutions import native_convolutions
+from fomaml_jax.convolutions import native_convolutions_in
 from fomaml_jax.parallel import over_tasks, resolve
 from fomaml_jax.types import MetaGradient, Params
 from fomaml_jax.variants import as_measured, variants_of
@@ -142,11 +142,7 @@ def _forms(
     forms = variants_of(meta_gradient)
     one_task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tasks)
     first = next(iter(forms.values()))
-    try:
-        may_convolve = native_convolutions(jax.make_jaxpr(first)(params, one_task)) > 0
-    except NameError:  # of an axis that is not bound outside of the mesh's `shard_map`
-        may_convolve = True
-    if may_convolve:
+    if native_convolutions_in(first, params, one_task) != 0:
         # The products first: they set the time that native ones must not be hopeless against.
         return dict(sorted(forms.items(), key=lambda item: "matmul" not in item[0]))
     return {name: form for name, form in forms.items() if "matmul" not in name}
